@@ -1,0 +1,303 @@
+"""The transformer of DALL-E: one stream of text ids and image tokens, each predicted from all before it (section 2.2).
+
+Decoder-only, pre-norm, full causal attention. Text and image have separate embeddings and separate heads, so there are
+no offsets and no masked logits. Pads are ids of the text vocabulary, one for each position, and are text targets too:
+they are attended to and learned, never masked. The model keeps no state between calls, prints nothing and knows neither
+words nor pixels; dtype and device are those of its parameters.
+
+Shapes: B batch, T text ids, N = h w image tokens, S states, V text vocabulary with pads, K image vocabulary,
+E width, H heads, D = E / H.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle.layout import Layout
+from dvae.errors import UserError
+
+
+@dataclass(frozen=True)
+class DALLEConfig:
+    """Sizes of the transformer. The paper's: 16384, 256, 8192, (32, 32), 64, 3968, 62 (12 billion parameters).
+
+    Args:
+        vocab_text: BPE ids, pads not counted.
+        text_length: text ids per caption, pads counted.
+        vocab_image: codes of the image tokenizer.
+        grid: rows and columns of image tokens.
+        depth: blocks, each one attention and one MLP.
+        width: size of a state; a multiple of `heads`.
+        heads: attention heads.
+        mlp_ratio: width of the MLP's hidden layer over `width`.
+    """
+
+    vocab_text: int
+    text_length: int
+    vocab_image: int
+    grid: tuple[int, int]
+    depth: int
+    width: int
+    heads: int
+    mlp_ratio: int = 4
+
+    def __post_init__(self):
+        object.__setattr__(self, "grid", tuple(self.grid))  # JSON and YAML bring lists
+        if len(self.grid) != 2:
+            raise UserError(f"grid is {self.grid}", "give two numbers, rows and columns, such as [8, 8]")
+        for name in ("vocab_text", "text_length", "vocab_image", "depth", "width", "heads", "mlp_ratio", "grid"):
+            value = getattr(self, name)
+            for number in value if name == "grid" else (value,):
+                if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                    raise UserError(f"{name} is {value!r}", f"{name} needs whole numbers from 1 on")
+        if self.width % self.heads:
+            raise UserError(
+                f"width {self.width} cannot be shared by {self.heads} heads",
+                f"choose a multiple of heads, such as {math.ceil(self.width / self.heads) * self.heads}",
+            )
+
+
+class Logits(NamedTuple):
+    """Predictions of a whole sequence, in float32 or wider."""
+
+    text: Tensor  # (B, T, V)
+    image: Tensor  # (B, N, K)
+
+
+class Losses(NamedTuple):
+    """Mean cross-entropies in nats per token, each over the tokens of its own kind; scalars."""
+
+    text: Tensor
+    image: Tensor
+
+
+class KVCache:
+    """Keys and values of the states read so far, in room for all; made by `DALLE.prefill`, grown by `step`.
+
+    Attributes:
+        keys, values: (depth, B, H, S, D), of which the first `length` states are filled.
+        length: states read so far.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int = 0):
+        self.keys, self.values, self.length = keys, values, length
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H, n, D) of the next n states; return (B, H, length + n, D) of all read up to them."""
+        end = self.length + k.shape[2]
+        keys, values = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        keys[:, :, self.length :] = k
+        values[:, :, self.length :] = v
+        return keys, values
+
+    def select(self, rows: Tensor | Sequence[int]) -> "KVCache":
+        """A cache of its own that holds the given rows, in that order; a row may be given several times."""
+        rows = torch.as_tensor(rows, device=self.keys.device)
+        filled = slice(0, self.length)
+        copies = []
+        for old in (self.keys, self.values):
+            new = old.new_empty(old.shape[0], len(rows), *old.shape[2:])
+            new[:, :, :, filled] = old[:, :, :, filled].index_select(1, rows)
+            copies.append(new)
+        return KVCache(*copies, self.length)
+
+    def expand(self, n: int) -> "KVCache":
+        """A cache of its own with each row n times in a row."""
+        return self.select(torch.arange(self.keys.shape[1]).repeat_interleave(n))
+
+    def truncate(self, state: int) -> None:
+        """Forget `state` and all after it."""
+        assert 0 <= state <= self.length
+        self.length = state
+
+
+class Attention(nn.Module):
+    """Multi-head attention with one softmax over text and image keys together (the paper's footnote 7)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self, x: Tensor, layer: int = 0, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:  # (B, n, E) -> (B, n, E)
+        """Attend from the n states x, which come after those in `cache`. Without `mask`: causal if nothing was read
+        before, and a single state reads everything."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, n, D)
+        if cache is not None:
+            k, v = cache.put(layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear maps around a GELU. The paper names no activation; its authors' sibling code has x sigmoid(1.702 x),
+    which the tanh form approximates as well as it does GELU, in one fused kernel instead of three."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.hidden = nn.Linear(width, hidden)
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, n, E) -> (B, n, E)
+        return self.out(F.gelu(self.hidden(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: DALLEConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = Attention(config.width, config.heads)
+        self.mlp_norm = nn.LayerNorm(config.width)
+        self.mlp = MLP(config.width, config.mlp_ratio * config.width)
+
+    def forward(self, x: Tensor, layer: int, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), layer, cache, mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class DALLE(nn.Module):
+    """p(text, image) as one sequence; see `Layout` for what stands where.
+
+    `forward` and the cached trio `prefill`, `step`, `score` give the same logits up to rounding. The trio is for
+    inference and records no gradient.
+    """
+
+    def __init__(self, config: DALLEConfig):
+        super().__init__()
+        self.config = config
+        self.layout = Layout(config.text_length, config.grid)
+        (height, width), vocab_text = config.grid, config.vocab_text + config.text_length
+        self.start = nn.Parameter(torch.empty(2, config.width))  # start of text, start of image
+        self.text_embedding = nn.Embedding(vocab_text, config.width)
+        self.image_embedding = nn.Embedding(config.vocab_image, config.width)
+        self.text_position = nn.Embedding(config.text_length + 1, config.width)
+        self.row_position = nn.Embedding(height, config.width)
+        self.column_position = nn.Embedding(width, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.text_head = nn.Linear(config.width, vocab_text, bias=False)
+        self.image_head = nn.Linear(config.width, config.vocab_image, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal with mean 0; the paper is silent, the numbers follow its authors' sibling code.
+
+        | parameter                                       | standard deviation                     |
+        |-------------------------------------------------|----------------------------------------|
+        | token embeddings, start vectors                 | 0.013                                  |
+        | text positions                                  | 0.007                                  |
+        | row and column positions                        | 0.007 / sqrt(2), as two are added      |
+        | linear layers, heads                            | sqrt(1 / (8 fan_in))                   |
+        | the two of a block that write to the residual   | sqrt(1 / (8 fan_in)) / sqrt(2 depth)   |
+        | biases; norms                                   | all 0; gains 1, biases 0               |
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=math.sqrt(0.125 / module.in_features))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            for writer in (block.attention.out, block.mlp.out):
+                writer.weight /= math.sqrt(2 * self.config.depth)
+        for tokens in (self.start, self.text_embedding.weight, self.image_embedding.weight):
+            nn.init.normal_(tokens, std=0.013)
+        nn.init.normal_(self.text_position.weight, std=0.007)
+        for positions in (self.row_position, self.column_position):
+            nn.init.normal_(positions.weight, std=0.007 / math.sqrt(2))
+
+    def forward(self, text_ids: Tensor, image_tokens: Tensor) -> Logits:
+        """Predict every token of B sequences from the true ones before it.
+
+        Args:
+            text_ids: int64 (B, T), pads placed.
+            image_tokens: int64 (B, h, w).
+        """
+        x = torch.cat([self._embed_text(text_ids), self._embed_image(image_tokens)], dim=1)  # (B, S, E)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer)
+        text, image = x[:, self.layout.text], x[:, self.layout.image]
+        return Logits(self._logits(text[:, :-1], self.text_head), self._logits(image, self.image_head))
+
+    @torch.no_grad()
+    def prefill(self, text_ids: Tensor) -> KVCache:
+        """Read text_ids (B, T) whole; the cache that comes back is ready for cell 0."""
+        x = self._embed_text(text_ids)
+        size = (len(self.blocks), len(x), self.config.heads, self.layout.states, self.config.width // self.config.heads)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        cache = KVCache(x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype))
+        self._read(x, cache)
+        return cache
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor | None, cell: int, cache: KVCache) -> Tensor:
+        """Logits (B, K) of image cell `cell`, 0 <= cell < N; the cache grows by one state.
+
+        Args:
+            tokens: int64 (B,), what stands in cell - 1; None at cell 0, where start-of-image is read.
+        """
+        assert cache.length == self.layout.image.start + cell and (tokens is None) == (cell == 0)
+        row, column = divmod(cell, self.config.grid[1])
+        held = self.start[1].expand(cache.keys.shape[1], -1) if tokens is None else self.image_embedding(tokens)
+        x = held + (self.row_position.weight[row] + self.column_position.weight[column])
+        return self._logits(self._read(x[:, None], cache), self.image_head)[:, 0]
+
+    @torch.no_grad()
+    def score(self, image_tokens: Tensor, cache: KVCache) -> Tensor:
+        """Logits (B, N, K) of whole pictures (B, h, w) after the texts in a prefilled cache of B rows, in one pass.
+
+        The cache is left at the length it came with, so that it can be used again.
+        """
+        length = cache.length
+        assert length == self.layout.image.start
+        x = self._embed_image(image_tokens)
+        mask = self.layout.mask()[self.layout.image].to(x.device)  # (N, S)
+        logits = self._logits(self._read(x, cache, mask), self.image_head)
+        cache.truncate(length)
+        return logits
+
+    def _embed_text(self, text_ids: Tensor) -> Tensor:  # (B, T) -> (B, T + 1, E)
+        ids = text_ids.to(self.start.device)
+        start = self.start[0].expand(len(ids), 1, -1)
+        return torch.cat([start, self.text_embedding(ids)], dim=1) + self.text_position.weight
+
+    def _embed_image(self, image_tokens: Tensor) -> Tensor:  # (B, h, w) -> (B, N, E), the last token left out
+        tokens = image_tokens.to(self.start.device).flatten(1)
+        start = self.start[1].expand(len(tokens), 1, -1)
+        grid = self.row_position.weight[:, None] + self.column_position.weight  # (h, w, E)
+        return torch.cat([start, self.image_embedding(tokens[:, :-1])], dim=1) + grid.flatten(0, 1)
+
+    def _read(self, x: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:  # (B, n, E) -> (B, n, E)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, cache, mask)
+        cache.length += x.shape[1]
+        return x
+
+    def _logits(self, x: Tensor, head: nn.Linear) -> Tensor:  # (B, n, E) -> (B, n, V or K)
+        # as in the paper's appendix D, not in the autocast's 16 bits: small differences of logits decide
+        with torch.autocast(x.device.type, enabled=False):
+            logits = head(self.norm(x.to(head.weight.dtype)))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def losses(logits: Logits, text_ids: Tensor, image_tokens: Tensor, keep_text: Tensor) -> Losses:
+    """Cross-entropies of text_ids (B, T) and image_tokens (B, h, w); the paper weighs them 1/8 and 7/8 (section 2.2).
+
+    Args:
+        keep_text: bool (B,), False where the caption was dropped for guidance: predicting pads teaches nothing there.
+            The text mean is over the rows kept, and 0 if there is none.
+    """
+    text = F.cross_entropy(logits.text.transpose(1, 2), text_ids, reduction="none").mean(1)  # (B,)
+    image = F.cross_entropy(logits.image.flatten(0, 1), image_tokens.flatten())
+    return Losses((text * keep_text).sum() / keep_text.sum().clamp(min=1), image)

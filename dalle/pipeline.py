@@ -1,0 +1,195 @@
+"""Caption -> ranked pictures: vocabulary, transformer, image tokenizer and scorer in one object.
+
+    pipeline = dalle.load("runs/demo/dalle")
+    best = pipeline("a red circle above a small blue square", count=16, keep=4)[0]
+    best.pil().show()
+
+The command, the evaluation, the validation pictures and the notebooks all call this one object. It runs without
+Lightning.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelHubMixin
+from PIL import Image
+from torch import Tensor
+
+from dalle.model import DALLE, DALLEConfig
+from dalle.rerank import Scorer, rank, scorer
+from dalle.sampling import Sampled, sample
+from dalle.text import Text
+from dvae import artefact
+from dvae.errors import ArtefactError, UserError
+from dvae.images import to_uint8
+from dvae.model import load as load_dvae
+
+KIND = "dalle"
+CAPTIONS = 2048  # of the training set that an artefact carries for the contrast score
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One drawn picture.
+
+    image: uint8 `(3, H, W)`. tokens: int64 `(h, w)`. number: which candidate of its prompt and seed it is, from 0.
+    score: what it was ranked by, higher is better.
+    """
+
+    image: Tensor
+    tokens: Tensor
+    caption: str
+    seed: int
+    number: int
+    score: float
+
+    def pil(self) -> Image.Image:
+        return Image.fromarray(self.image.permute(1, 2, 0).numpy())
+
+
+class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-image"], license="mit"):
+    """Draws pictures for captions and ranks them without CLIP."""
+
+    def __init__(self, model: DALLE, text: Text, tokenizer: torch.nn.Module, captions: Sequence[str], source: Path):
+        self.model, self.text, self.tokenizer = model, text, tokenizer
+        self.captions, self.source = list(captions), source
+        self.captions_ids = text.encode(self.captions)
+
+    def scorer(self, name: str) -> Scorer:
+        return scorer(name, captions_ids=self.captions_ids, null_ids=self.text.null())
+
+    def sample(self, captions: Sequence[str], count: int, seeds: int | Sequence[int] = 0, **settings: Any) -> Sampled:
+        """`count` candidates for each caption, unranked; see `dalle.sampling.sample` for the settings."""
+        ids = self.text.encode(captions)
+        return sample(self.model, ids, count, null_ids=self.text.null(), seeds=seeds, **settings)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        caption: str,
+        count: int = 16,
+        keep: int = 4,
+        seed: int = 0,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float = 1.0,
+        rerank: str = "contrast",
+        exact: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Picture]:
+        """Draw `count` pictures for the caption and return the `keep` that the scorer likes best, best first.
+
+        The same seed gives the same pictures, whatever else is drawn beside them.
+        """
+        if not 1 <= keep <= count:
+            raise UserError(f"keep is {keep} of count {count}", "keep from 1 to as many pictures as are drawn")
+        score = self.scorer(rerank)
+        ids = self.text.encode(caption)
+        sampled = self.sample(
+            [caption],
+            count,
+            seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance=guidance,
+            exact=exact,
+            progress=progress,
+        )
+        scores = score(self.model, ids, sampled)
+        order = rank(scores)[:keep]
+        images = to_uint8(self.tokenizer.decode(sampled.tokens[order]))
+        return [
+            Picture(image, sampled.tokens[k], caption, seed, k, float(scores[k]))
+            for image, k in zip(images, order.tolist(), strict=True)
+        ]
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        about = artefact.load(self.source, KIND)
+        save(save_directory, self.model, self.text, self.captions, about.parts["dvae"], about.about)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, cache_dir: Any, force_download: bool, local_files_only: bool,
+                         token: Any, revision: str | None, **_: Any) -> "Pipeline":  # fmt: skip
+        if Path(model_id).is_dir():
+            return load(model_id)
+        from huggingface_hub import snapshot_download
+
+        return load(
+            snapshot_download(
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                token=token,
+                local_files_only=local_files_only,
+            )
+        )
+
+
+def save(
+    folder: str | Path, model: DALLE, text: Text, captions: Sequence[str], dvae: Path, about: dict[str, Any]
+) -> str:
+    """Write the artefact of a trained transformer with all that it needs; returns its digest."""
+    return artefact.save(
+        folder,
+        KIND,
+        asdict(model.config),
+        model.state_dict(),
+        files={"text": text.to_json(), "captions": json.dumps(list(captions), ensure_ascii=False)},
+        parts={"dvae": dvae},
+        about=about,
+    )
+
+
+def load_model(run: str | Path) -> tuple[DALLE, artefact.Artefact]:
+    """The transformer of a run or artefact folder, in eval mode, and the artefact it came from."""
+    found = artefact.load(artefact.find(run, KIND), KIND)
+    try:
+        model = DALLE(DALLEConfig(**found.config))
+        model.load_state_dict(found.tensors)
+    except (TypeError, RuntimeError, UserError) as error:
+        raise ArtefactError(
+            f"{run} does not hold a transformer of this version: {str(error).splitlines()[0]}",
+            "train it again, or use the version of this project that wrote it",
+        ) from error
+    return model.eval().requires_grad_(False), found
+
+
+def load(run: str | Path) -> Pipeline:
+    """The pipeline of a run folder or an artefact folder. No code of the artefact runs, and no pickle is read.
+
+    Raises:
+        ArtefactError: it is missing, damaged, of another kind, or its two stages do not belong together.
+    """
+    model, found = load_model(run)
+    c = model.config
+    for role in ("text", "captions"):
+        if role not in found.files:
+            raise ArtefactError(f"{run} carries no {role}", "save it again with this version of the project")
+    text = Text.from_json(found.files["text"], name=f"the vocabulary of {run}")
+    if "dvae" not in found.parts:
+        raise ArtefactError(f"{run} carries no image tokenizer", "save it again with this version of the project")
+    tokenizer = load_dvae(found.parts["dvae"])
+    if (text.vocab_size, text.text_length) != (c.vocab_text, c.text_length):
+        raise ArtefactError(
+            f"the transformer reads {c.vocab_text} text ids in {c.text_length} places, its vocabulary has "
+            f"{text.vocab_size} in {text.text_length}",
+            "the two do not belong together; use the artefact as it was written",
+        )
+    if (tokenizer.vocab_size, tokenizer.grid) != (c.vocab_image, tuple(c.grid)):
+        raise ArtefactError(
+            f"the transformer draws {c.vocab_image} codes on a {c.grid} grid, the image tokenizer has "
+            f"{tokenizer.vocab_size} on {tokenizer.grid}",
+            "the two do not belong together; use the artefact as it was written",
+        )
+    captions = json.loads(found.files["captions"])
+    if not (isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)):
+        raise ArtefactError(f"the captions of {run} are not a list of texts", "save it again")
+    return Pipeline(model, text, tokenizer, captions, artefact.find(run, KIND))

@@ -1,0 +1,93 @@
+"""The `sample` command: prompts -> ranked pictures on disk, a labelled sheet, and a JSON of how they were made."""
+
+import itertools
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dalle import pipeline
+from dvae import artefact, files
+from dvae.drawings import Label, sheet
+from dvae.errors import EnvironmentProblem, UserError
+from dvae.images import save
+
+
+def draw_samples(
+    run: str,
+    prompt: str | None,
+    prompts: str | None,
+    count: int,
+    keep: int,
+    seed: int,
+    out: str,
+    settings: dict[str, Any],
+) -> None:
+    """Draw for each prompt and write RUN's best pictures to `out`; nothing that exists is overwritten.
+
+    Args:
+        settings: temperature, top_k, top_p, guidance, rerank, exact of `Pipeline.__call__`.
+    """
+    wanted = read_prompts(prompt, prompts)
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with files.replacing(folder / ".probe"):
+            pass
+        (folder / ".probe").unlink()
+    except OSError as error:
+        raise EnvironmentProblem(f"{out} cannot be written: {error.strerror}", "choose another folder with --out") from error
+    drawer = pipeline.load(run)
+    digest = artefact.digest(drawer.source)
+    cells = drawer.model.config.grid[0] * drawer.model.config.grid[1]
+    for text in wanted:
+        with tqdm(total=count * cells, desc=text[:40], unit="token", leave=False) as bar:
+            pictures = drawer(text, count, keep, seed, progress=bar.update, **settings)
+        stem = free_stem(folder, text, seed)
+        names = [f"{stem}-{place}.png" for place in range(1, len(pictures) + 1)]
+        for picture, name in zip(pictures, names, strict=True):
+            save(picture.image, folder / name)
+        labels = [Label(f"{place}: {picture.score:.2f}") for place, picture in enumerate(pictures, 1)]
+        row = [(text, [picture.image for picture in pictures], labels)]
+        save(sheet(row, side=max(96, pictures[0].image.shape[-1])), folder / f"{stem}.png")
+        described = [
+            {"file": name, "candidate": p.number, "score": p.score, "tokens": p.tokens.flatten().tolist()}
+            for name, p in zip(names, pictures, strict=True)
+        ]
+        made = {"prompt": text, "seed": seed, "count": count, "keep": keep, **settings, "artefact": digest}
+        files.write_json(folder / f"{stem}.json", {**made, "pictures": described})
+        print("wrote " + ", ".join(str(folder / name) for name in (f"{stem}.png", *names, f"{stem}.json")))
+
+
+def read_prompts(prompt: str | None, path: str | None) -> list[str]:
+    """The one prompt, or the lines of a file that are not empty."""
+    if (prompt is None) == (path is None):
+        raise UserError("give either a prompt or --prompts FILE", 'for instance: dalle sample RUN "a red circle"')
+    if prompt is not None:
+        return [prompt]
+    try:
+        lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}", "--prompts wants a text file with one prompt a line") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"{path} holds no prompt", "write one prompt a line")
+    return found
+
+
+def free_stem(folder: Path, text: str, seed: int) -> str:
+    """A file name made of the prompt's letters, that nothing in `folder` has yet; it is taken at once."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60] or "prompt"
+    for number in itertools.count(1):
+        stem = f"{slug}-seed{seed}" + (f"-{number}" if number > 1 else "")
+        try:
+            (folder / f"{stem}.json").touch(exist_ok=False)
+            return stem
+        except FileExistsError:
+            continue
+    raise AssertionError("unreachable")

@@ -1,0 +1,99 @@
+"""Image tokens and captions on disk, side by side: what the transformer trains on.
+
+A folder holds `tokens.bin` (uint16, one grid after the other), `captions.jsonl` (a list of captions per picture, as
+text, so that BPE dropout can act anew at each step), `lines.bin` (int64, where each line begins) and, written last,
+`tokens.json`: a folder without it is unfinished and is refused.
+
+N pictures, h w grid.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvae.errors import DataError
+from dvae.files import sha256_file, write_json
+
+PARTS = ("tokens.bin", "captions.jsonl", "lines.bin")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a transformer must know of the tokens it will see."""
+
+    vocab_text: int
+    text_length: int
+    vocab_image: int
+    grid: tuple[int, int]
+
+
+class TokenWriter:
+    """Appends rows; `close` makes the folder valid."""
+
+    def __init__(self, folder: str | Path, grid: tuple[int, int], vocab_size: int):
+        if vocab_size > 1 << 16:
+            raise DataError(f"{vocab_size} codes do not fit 16 bits", "use an image tokenizer of at most 65536 codes")
+        self.folder, self.grid, self.vocab_size, self.lines = Path(folder), grid, vocab_size, [0]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "tokens.json").unlink(missing_ok=True)
+        self.tokens = open(self.folder / "tokens.bin", "wb")
+        self.captions = open(self.folder / "captions.jsonl", "wb")
+
+    def write(self, tokens: Tensor, captions: Sequence[Sequence[str]]) -> None:
+        """Rows of tokens `(B, h, w)` with the captions of each."""
+        assert tokens.shape[1:] == self.grid and len(tokens) == len(captions)
+        self.tokens.write(tokens.numpy().astype("<u2").tobytes())
+        for some in captions:
+            line = json.dumps(list(some), ensure_ascii=False).encode() + b"\n"
+            self.captions.write(line)
+            self.lines.append(self.lines[-1] + len(line))
+
+    def close(self) -> None:
+        self.tokens.close()
+        self.captions.close()
+        np.array(self.lines, "<i8").tofile(self.folder / "lines.bin")
+        described = {"format": 1, "pictures": len(self.lines) - 1, "grid": self.grid, "vocab_image": self.vocab_size}
+        digests = {name: sha256_file(self.folder / name) for name in PARTS}
+        write_json(self.folder / "tokens.json", {**described, "sha256": digests})
+
+
+class TokenFiles:
+    """Reads what `TokenWriter` wrote, by memory map: memory does not grow with the data.
+
+    Raises:
+        DataError: the folder is missing, unfinished or damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            about = json.loads((self.folder / "tokens.json").read_text())
+            self.grid, self.vocab_size, count = tuple(about["grid"]), about["vocab_image"], about["pictures"]
+            whole = all(sha256_file(self.folder / name) == about["sha256"][name] for name in PARTS)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder} holds no finished token files", "make them with dalle prepare") from error
+        if not whole:
+            raise DataError(f"the token files in {folder} are damaged", "make them again with dalle prepare")
+        self.rows = np.memmap(self.folder / "tokens.bin", "<u2", "r", shape=(count, *self.grid))
+        self.lines = np.memmap(self.folder / "lines.bin", "<i8", "r", shape=(count + 1,))
+        self.text = np.memmap(self.folder / "captions.jsonl", "u1", "r")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def tokens(self, indices: Sequence[int]) -> Tensor:
+        """`(B, h, w)` int64."""
+        return torch.from_numpy(self.rows[list(indices)].astype(np.int64))
+
+    def captions(self, index: int) -> list[str]:
+        return json.loads(self.text[self.lines[index] : self.lines[index + 1]].tobytes())
+
+
+def describe(sizes: Sizes, dvae: str, text: str) -> dict:
+    """What prepared.json says of a whole token folder: sizes and the digests of both tokenizers."""
+    return {"format": 1, "sizes": asdict(sizes), "dvae": dvae, "text": text}

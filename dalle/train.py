@@ -1,0 +1,230 @@
+"""Stage 2 under Lightning: `dalle fit | validate | test`.
+
+    dalle fit --config dalle/scenes --data.tokens runs/scenes-tokens --run runs/scenes-dalle
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dalle import pipeline
+from dalle.model import DALLE, DALLEConfig, losses
+from dalle.prepare import Prepared
+from dalle.text import Text
+from dalle.tokens import Sizes, TokenFiles
+from dvae import artefact, lit, seeds
+from dvae.errors import UserError
+from dvae.files import write_bytes
+from dvae.images import grid
+from dvae.model import load as load_dvae
+
+
+class Pairs(Dataset):
+    """Batches of text ids `(B, T)`, image tokens `(B, h, w)` and which captions were kept `(B,)`.
+
+    Which of a picture's captions is read, how it falls into pieces and whether it is dropped are functions of
+    (seed, epoch, index).
+    """
+
+    def __init__(self, tokens: TokenFiles, text: Text, seed: int, bpe_dropout: float, caption_dropout: float):
+        self.tokens, self.text, self.seed = tokens, text, seed
+        self.bpe_dropout, self.caption_dropout = bpe_dropout, caption_dropout
+        self.null = text.null()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitems__(self, rows: list[tuple[int, int]]) -> dict[str, Any]:
+        ids, keep = [], []
+        for epoch, index in rows:
+            rng = seeds.rng(self.seed, "caption", epoch, index)
+            captions = self.tokens.captions(index)
+            caption = captions[int(rng.integers(len(captions)))]
+            keep.append(rng.random() >= self.caption_dropout)
+            ids.append(self.text.encode(caption, self.bpe_dropout, rng) if keep[-1] else self.null)
+        tokens = self.tokens.tokens([index for _, index in rows])
+        return {"text_ids": torch.cat(ids), "image_tokens": tokens, "keep_text": torch.tensor(keep), "rows": rows}
+
+
+class TokenData(lit.Data):
+    """What `dalle prepare` wrote.
+
+    Args:
+        tokens: the folder; nothing else is read.
+        batch_size: pairs per batch and device.
+        workers: loading processes; 0 loads in the training process.
+        bpe_dropout: chance of leaving out a merge (the paper: 0.1).
+        caption_dropout: share of the captions replaced by the null prompt, which guidance needs.
+        seed: set by seed_everything.
+    """
+
+    def __init__(
+        self,
+        tokens: str,
+        batch_size: int = 64,
+        workers: int = 0,
+        bpe_dropout: float = 0.1,
+        caption_dropout: float = 0.1,
+        seed: int = 0,
+    ):
+        super().__init__(batch_size, workers, seed)
+        for name, chance in (("bpe_dropout", bpe_dropout), ("caption_dropout", caption_dropout)):
+            if not 0 <= chance <= 1:
+                raise UserError(f"{name} is {chance}", "give a chance from 0 to 1, such as 0.1")
+        self.bpe_dropout, self.caption_dropout = bpe_dropout, caption_dropout
+        self.prepared = Prepared(tokens)
+        self.sizes = asdict(self.prepared.sizes)
+
+    def setup(self, stage: str) -> None:
+        p = self.prepared
+        self.train = Pairs(p.train, p.text, self.seed, self.bpe_dropout, self.caption_dropout)
+        self.val = Pairs(p.val, p.text, self.seed, bpe_dropout=0.0, caption_dropout=0.0)
+
+    def caption_sample(self, count: int) -> list[str]:
+        """Captions of the training set for the contrast score: one of each of at most `count` pictures."""
+        tokens = self.prepared.train
+        rows = seeds.rng("caption sample").permutation(len(tokens))[:count]
+        return [tokens.captions(int(row))[0] for row in rows]
+
+
+class LitDALLE(lit.Lit):
+    """Trains the transformer on text and image tokens (paper, 2.2).
+
+    Args:
+        depth: blocks, each one attention and one MLP.
+        width: size of a state; a multiple of `heads`.
+        heads: attention heads.
+        sizes: vocabularies, text length and grid; set by the token folder.
+        optimiser: AdamW, its schedule, averaging.
+        mlp_ratio: width of the MLP's hidden layer over `width`.
+        text_weight: of the mean text loss (the paper: 1/8).
+        image_weight: of the mean image loss (the paper: 7/8).
+        init_from: a run or artefact to start from (fine-tuning); null starts from nothing.
+        prompts: how many validation captions are drawn at each validation, four pictures each.
+        checkpoint_every: updates between two writes of last.ckpt (it is also written after each validation).
+        seed: set by seed_everything.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        heads: int,
+        sizes: dict[str, Any],
+        optimiser: lit.Optimiser,
+        mlp_ratio: int = 4,
+        text_weight: float = 1 / 8,
+        image_weight: float = 7 / 8,
+        init_from: str | None = None,
+        prompts: int = 4,
+        checkpoint_every: int = 1000,
+        seed: int = 0,
+    ):
+        super().__init__(optimiser, checkpoint_every, seed)
+        known = Sizes(**sizes)
+        config = DALLEConfig(**asdict(known), depth=depth, width=width, heads=heads, mlp_ratio=mlp_ratio)
+        self.text_weight, self.image_weight, self.prompts = text_weight, image_weight, prompts
+        self.init_from = init_from
+        self.model = DALLE(config)
+        if init_from is not None:
+            start, self.started_from = pipeline.load_model(init_from)
+            if start.config != config:
+                raise UserError(
+                    f"{init_from} has another architecture than this config and these tokens: {start.config}",
+                    "use its depth, width and heads, and tokens prepared with its image tokenizer and its vocabulary",
+                )
+            self.model.load_state_dict(start.state_dict())
+
+    def on_fit_start(self) -> None:
+        if self.init_from is None:
+            return
+        prepared = self.trainer.datamodule.prepared
+        same_dvae = self.started_from.parts["dvae"].name.endswith(artefact.digest(prepared.dvae)[:12])
+        if not same_dvae or self.started_from.files["text"] != prepared.text.to_json():
+            raise UserError(
+                f"{prepared.folder} was prepared with another image tokenizer or vocabulary than {self.init_from}",
+                f"prepare the tokens with --dvae and --text of {self.init_from}",
+            )
+
+    def step(self, batch: dict[str, Any], update: int, batch_index: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        ids, tokens = batch["text_ids"], batch["image_tokens"]
+        logits = self.model(ids, tokens)
+        text, image = losses(logits, ids, tokens, batch["keep_text"])
+        loss = self.text_weight * text + self.image_weight * image
+        accuracy = (logits.image.detach().argmax(-1) == tokens.flatten(1)).float().mean()
+        self.log("loss", loss, prog_bar=True, logger=False)
+        return loss, {
+            "train/loss": loss.detach(),
+            "train/text_loss": text.detach(),
+            "train/image_loss": image.detach(),
+            "train/image_accuracy": accuracy,
+        }
+
+    def on_validation_epoch_start(self) -> None:
+        self.seen = {"pairs": 0, "text": 0.0, "image": 0.0, "accuracy": 0.0}
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        ids, tokens = batch["text_ids"], batch["image_tokens"]
+        logits = self.model(ids, tokens)
+        text, image = losses(logits, ids, tokens, batch["keep_text"])
+        accuracy = (logits.image.argmax(-1) == tokens.flatten(1)).float().mean()
+        self.seen["pairs"] += len(ids)
+        for name, value in (("text", text), ("image", image), ("accuracy", accuracy)):
+            self.seen[name] += value.item() * len(ids)
+
+    def test_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        self.validation_step(batch, batch_index)
+
+    def validation_metrics(self) -> dict[str, float]:
+        """Nats per token and the share of image tokens guessed right, over the whole validation set."""
+        text, image, accuracy = (self.seen[name] / self.seen["pairs"] for name in ("text", "image", "accuracy"))
+        return {
+            "val/loss": self.text_weight * text + self.image_weight * image,
+            "val/text_loss": text,
+            "val/image_loss": image,
+            "val/image_accuracy": accuracy,
+        }
+
+    def save(self, folder: Path, about: dict[str, Any]) -> None:
+        data: TokenData = self.trainer.datamodule
+        captions = data.caption_sample(pipeline.CAPTIONS)
+        pipeline.save(folder, self.model, data.prepared.text, captions, data.prepared.dvae, about)
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        # before the averaging callback puts the training weights back, see lit.Lit
+        return [DrawPrompts(self.prompts), *super().configure_callbacks()]
+
+
+class DrawPrompts(Callback):
+    """Draws the same validation captions with the same seeds at each validation: one row of four for each caption."""
+
+    def __init__(self, prompts: int):
+        self.prompts = prompts
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: LitDALLE) -> None:
+        if not self.prompts or trainer.state.fn != "fit":
+            return
+        prepared: Prepared = trainer.datamodule.prepared
+        captions = [prepared.val.captions(row)[0] for row in range(min(self.prompts, len(prepared.val)))]
+        drawn = pipeline.Pipeline(module.model, prepared.text, load_dvae(prepared.dvae), captions, prepared.folder)
+        tokens = drawn.sample(captions, count=4).tokens.cpu()
+        lit.show(trainer, "samples", grid(drawn.tokenizer.decode(tokens), columns=4))
+        text = "".join(f"{row + 1}: {caption}\n" for row, caption in enumerate(captions))
+        write_bytes(lit.run_folder(trainer) / "samples" / "prompts.txt", text.encode())
+
+
+class Command(lit.Command):
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.link_arguments("data.sizes", "model.sizes", apply_on="instantiate")
+
+
+def main(args: Sequence[str]) -> None:
+    """`dalle fit | validate | test` with these command-line arguments."""
+    lit.run(Command, LitDALLE, TokenData, args)

@@ -1,0 +1,65 @@
+"""One command line for both packages: a command is a plain function, and its docstring is its help.
+
+Mistakes become one line what and one line how to mend it (see `errors`); nothing here knows what a command does.
+"""
+
+from collections.abc import Callable, Sequence
+
+from jsonargparse import ArgumentParser
+
+from dvae.errors import UserError, report
+
+TRAININGS = ("fit", "validate", "test")
+
+
+class Plain:
+    """Makes a jsonargparse parser say what is wrong in one line, with a hint, instead of printing its usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        lines = [line.strip() for line in str(message).splitlines() if line.strip()]
+        raise UserError(" ".join(lines)[:500], "--help lists every setting with its meaning") from ex
+
+
+class Parser(Plain, ArgumentParser):
+    pass
+
+
+def call(program: str, function: Callable, args: Sequence[str], optional: Sequence[str] = ()) -> None:
+    """Run `function` with arguments from a command line.
+
+    Parameters without a default are positional, the others are `--options`; those named in `optional` are positional
+    too and may be left away.
+    """
+    parser = Parser(prog=program, description=(function.__doc__ or "").split("\n\n")[0], default_meta=False)
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(optional))
+    for name in optional:
+        parser.add_argument(name, nargs="?", help="see above")
+    given = parser.parse_args(list(args))
+    function(**vars(given))
+
+
+def dispatch(
+    program: str,
+    text: str,
+    commands: dict[str, Callable],
+    train: Callable[[Sequence[str]], None],
+    args: Sequence[str],
+    optional: dict[str, Sequence[str]] | None = None,
+) -> int:
+    """Run one command line of `program`, whose help is `text`; returns the exit code."""
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(text, end="")
+        return 0 if args else UserError.code
+    name, rest = args[0], args[1:]
+
+    def command() -> None:
+        if name in TRAININGS:
+            train(args)
+        elif name in commands:
+            call(f"{program} {name}", commands[name], rest, (optional or {}).get(name, ()))
+        else:
+            raise UserError(f"{program} has no command {name!r}", f"{program} --help lists the commands")
+
+    return report(command, debug)

@@ -1,0 +1,557 @@
+"""What both trainings share of Lightning: endless batches, optimiser, validation, checkpoints, the command line.
+
+A training is counted in updates, not in epochs: to Lightning it is one endless epoch, and the passes over the data
+happen inside the order of the batches (`data.Endless`). Every random decision is a function of where it belongs
+(`seeds`). So a checkpoint holds weights, optimiser, averages and counters, and a killed run that is continued ends
+bit-identical to one that was never stopped.
+
+A run folder holds config.yaml, metrics.csv, samples/*.png, checkpoints/{last,best}.ckpt and the artefact model/.
+"""
+
+import contextlib
+import csv
+import hashlib
+import importlib.resources
+import io
+import math
+import signal
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, WandbLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dvae import images
+from dvae.commands import Plain
+from dvae.data import Endless
+from dvae.errors import ArtefactError, NumericsError, Stopped, UserError
+from dvae.files import replacing, sweep
+from dvae.schedules import Schedule
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+
+def whole(batch: Any) -> Any:
+    """Collate nothing: our data sets answer a list of rows with a finished batch."""
+    return batch
+
+
+def training_loader(dataset: Dataset, batch: int, seed: int, workers: int, trainer: Trainer) -> DataLoader:
+    """Endless batches of `dataset`, going on where the trainer's restored counters say that it stopped."""
+    start = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+    order = Endless(len(dataset), batch, seed, start=start, rank=trainer.global_rank, world=trainer.world_size)
+    return DataLoader(
+        dataset, batch_sampler=order, collate_fn=whole, num_workers=workers, persistent_workers=workers > 0
+    )
+
+
+def validation_loader(dataset: Dataset, batch: int, workers: int) -> DataLoader:
+    """Each row once, in order, as (epoch 0, index) pairs."""
+    rows = [(0, index) for index in range(len(dataset))]
+    batches = [rows[k : k + batch] for k in range(0, len(rows), batch)]
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=whole, num_workers=workers)
+
+
+class Data(LightningDataModule):
+    """Two data sets whose `__getitems__` turns a list of (epoch, index) pairs into a batch with a `rows` entry."""
+
+    train: Dataset
+    val: Dataset
+
+    def __init__(self, batch_size: int, workers: int, seed: int):
+        super().__init__()
+        if batch_size < 1 or workers < 0:
+            raise UserError(f"batch_size {batch_size}, workers {workers}", "at least 1 row and 0 workers are needed")
+        self.batch_size, self.workers, self.seed = batch_size, workers, seed
+
+    def train_dataloader(self) -> DataLoader:
+        return training_loader(self.train, self.batch_size, self.seed, self.workers, self.trainer)
+
+    def val_dataloader(self) -> DataLoader:
+        return validation_loader(self.val, self.batch_size, self.workers)
+
+    def test_dataloader(self) -> DataLoader:
+        return self.val_dataloader()
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW and what moves its step size.
+
+    Args:
+        learning_rate: step size as a schedule over updates.
+        weight_decay: multiplier of AdamW; biases, gains and other vectors are never decayed.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+        ema: decay of the averaged weights that are validated and kept; null keeps the last weights instead.
+    """
+
+    learning_rate: Schedule
+    weight_decay: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    ema: float | None = 0.999
+
+
+class Lit(LightningModule):
+    """A thin wrapper of a plain model. A stage says `step` (loss and numbers of one batch) and `validation_metrics`."""
+
+    model: torch.nn.Module
+
+    def __init__(self, optimiser: Optimiser, checkpoint_every: int, seed: int):
+        super().__init__()
+        self.optimiser, self.checkpoint_every, self.seed = optimiser, checkpoint_every, seed
+        self.latest: dict[str, Tensor | float] = {}
+
+    def step(self, batch: Any, update: int, batch_index: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The loss of a batch and the numbers worth logging; `batch_index` counts batches from the run's start."""
+        raise TypeError(f"{type(self).__name__} does not say what a step is")
+
+    def validation_metrics(self) -> dict[str, float]:
+        """What the validation that ends now has seen; `val/loss` decides which weights are the best."""
+        raise TypeError(f"{type(self).__name__} does not say what a validation finds")
+
+    def save(self, folder: Path, about: dict[str, Any]) -> None:
+        """Write the stage's artefact with the weights that the model holds now."""
+        raise TypeError(f"{type(self).__name__} does not say how it is saved")
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        loss, self.latest = self.step(batch, self.trainer.global_step, batch_index)
+        if not torch.isfinite(loss):
+            raise non_finite("loss", loss.item(), self.trainer.global_step, batch["rows"])
+        self.rows = batch["rows"]
+        return loss
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.optimiser.learning_rate(self.trainer.global_step)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            raise non_finite("gradient", norm.item(), self.trainer.global_step, self.rows)
+        self.latest |= {"train/gradient_norm": norm, "train/learning_rate": optimizer.param_groups[0]["lr"]}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        o = self.optimiser
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": o.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=o.learning_rate(0), betas=(o.beta1, o.beta2), eps=o.eps)
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        # the order matters: validation is judged and drawn while the averaged weights are in place, that is, before
+        # the averaging callback puts the training weights back
+        average = [] if self.optimiser.ema is None else [EMAWeightAveraging(decay=self.optimiser.ema)]
+        return [Validation(), *average, Checkpoints(self.checkpoint_every)]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def non_finite(what: str, value: float, update: int, rows: Sequence[tuple[int, int]]) -> NumericsError:
+    named = ", ".join(str(index) for _, index in rows[:8]) + (", ..." if len(rows) > 8 else "")
+    return NumericsError(
+        f"the {what} of update {update} is {value}; rows of the batch: {named}",
+        "the weights were not changed and the last checkpoint is good; look at those rows, or lower the learning rate",
+    )
+
+
+class Validation(Callback):
+    """At the end of each validation: log what was found, draw, and keep the artefact of the best weights so far."""
+
+    def __init__(self):
+        self.best = math.inf
+        self.improved = False
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: Lit) -> None:
+        metrics = module.validation_metrics()
+        module.log_dict(metrics, logger=False)
+        record(trainer, metrics)
+        if trainer.state.fn != "fit":
+            return
+        if not math.isfinite(metrics["val/loss"]):
+            raise NumericsError(
+                f"the validation loss after update {trainer.global_step} is {metrics['val/loss']}",
+                "the kept artefact and the last checkpoint are good; lower the learning rate",
+            )
+        self.improved = metrics["val/loss"] < self.best
+        if self.improved and trainer.is_global_zero:
+            self.best = metrics["val/loss"]
+            about = {"step": trainer.global_step, **{k: float(v) for k, v in metrics.items()}}
+            module.save(run_folder(trainer) / "model", about)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+
+
+WHOLE = False  # Lightning's `weights_only` of a save: optimiser and counters are written too
+
+
+class Checkpoints(Checkpoint):
+    """Logs, saves and stops at the border of an update, where nothing is half done.
+
+    SIGINT and SIGTERM only raise a flag; the training then ends after the running update, its state saved. A second
+    Ctrl-C leaves at once, and the last checkpoint stands.
+    """
+
+    def __init__(self, every: int):
+        self.every = every
+        self.stop: int | None = None
+        self.handlers: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: Trainer, module: Lit) -> None:
+        accumulate, interval, epochs = (
+            trainer.accumulate_grad_batches,
+            trainer.val_check_interval,
+            trainer.check_val_every_n_epoch,
+        )
+        if trainer.max_steps < 1:
+            raise UserError("trainer.max_steps is not set", "a training here is counted in updates: set max_steps")
+        if epochs is not None or not isinstance(interval, int) or interval % accumulate:
+            raise UserError(
+                f"trainer.val_check_interval is {interval} with check_val_every_n_epoch {epochs}",
+                f"set check_val_every_n_epoch to null and val_check_interval to a whole number of batches, a multiple "
+                f"of accumulate_grad_batches ({accumulate})",
+            )
+        if trainer.max_steps * accumulate % interval:
+            raise UserError(
+                f"{trainer.max_steps} updates of {accumulate} batches do not end at a validation ({interval} batches)",
+                f"make max_steps a multiple of {interval // accumulate}, so that the final weights are validated",
+            )
+        sweep(run_folder(trainer) / "checkpoints")
+
+    def on_train_start(self, trainer: Trainer, module: Lit) -> None:
+        def ask(number: int, frame: Any) -> None:
+            if self.stop is not None:
+                raise KeyboardInterrupt
+            self.stop = number
+
+        with contextlib.suppress(ValueError):  # outside the main thread signals belong to somebody else
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, ask)
+
+    def teardown(self, trainer: Trainer, module: Lit, stage: str) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers.clear()
+
+    def on_train_batch_end(self, trainer: Trainer, module: Lit, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        if step % trainer.log_every_n_steps == 0:
+            record(trainer, module.latest)
+        if (batch_idx + 1) % trainer.val_check_batch and (step % self.every == 0 or self.stop is not None):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, module: Lit) -> None:
+        # a validation that was due belongs to its update: saved before it, it would be skipped after a resume
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            if next(c for c in trainer.callbacks if isinstance(c, Validation)).improved:
+                trainer.save_checkpoint(run_folder(trainer) / "checkpoints" / "best.ckpt", WHOLE)
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(run_folder(trainer) / "checkpoints" / "last.ckpt", WHOLE)
+        if self.stop is not None:
+            raise Stopped(self.stop)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir)
+
+
+def record(trainer: Trainer, metrics: Mapping[str, Tensor | float]) -> None:
+    """Give numbers to every logger, under the count of updates."""
+    numbers = {name: float(value) for name, value in metrics.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(numbers, step=trainer.global_step)
+
+
+def show(trainer: Trainer, name: str, picture: Tensor) -> None:
+    """Keep a uint8 picture `(3, H, W)` as samples/NAME-STEP.png, and give it to W&B where that logger is chosen."""
+    if not trainer.is_global_zero:
+        return
+    images.save(picture, run_folder(trainer) / "samples" / f"{name}-{trainer.global_step:07d}.png")
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):  # takes uint8 (H, W, 3): floats in [0, 1] would be shown as black
+            logger.log_image(name, [picture.permute(1, 2, 0).numpy()], step=trainer.global_step)
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+class SafeCheckpoints(CheckpointIO):
+    """Checkpoints that are whole or not there, and that notice a flipped bit.
+
+    The file is an ordinary torch file; its SHA-256 stands in the comment field of the zip archive that it is.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        content = buffer.getbuffer()
+        assert bytes(content[-22:-18]) == b"PK\x05\x06" and bytes(content[-2:]) == b"\0\0", "not a zip without comment"
+        digest = hashlib.sha256(content).hexdigest().encode()
+        with replacing(path) as file:
+            file.write(content[:-2])
+            file.write(len(digest).to_bytes(2, "little") + digest)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        path = Path(path)
+        if not path.is_file():
+            raise ArtefactError(f"there is no checkpoint {path}", "leave --ckpt_path away to start from nothing")
+        content = path.read_bytes()
+        body, length, digest = content[:-66], content[-66:-64], content[-64:]
+        if length != (64).to_bytes(2, "little") or hashlib.sha256(body + b"\0\0").hexdigest().encode() != digest:
+            raise ArtefactError(
+                f"the checkpoint {path} is damaged, or was not written by this project",
+                "use another checkpoint of the run (best.ckpt), or start the run again",
+            )
+        return torch.load(io.BytesIO(content), map_location=map_location or "cpu", weights_only=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class MetricsFile(Logger):
+    """One row per logged step in metrics.csv; a resumed run appends, and forgets what it had logged too far ahead."""
+
+    def __init__(self, path: Path, keep_until: int | None):
+        super().__init__()
+        self.path, self.rows, self.columns = path, [], ["step"]
+        if keep_until is not None and path.is_file():
+            with open(path, newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= keep_until]
+            self.columns = list(dict.fromkeys([*self.columns, *(key for row in self.rows for key in row)]))
+        self.write()
+
+    name = "metrics"
+    version = ""
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """The run's config.yaml says it all."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {"step": str(step), **{name: f"{value:.6g}" for name, value in metrics.items()}}
+        old = next((old for old in reversed(self.rows) if old["step"] == row["step"]), None)
+        unknown = [name for name in row if name not in self.columns]
+        if old is None:
+            self.rows.append(row)
+        else:
+            old.update(row)
+        self.columns += unknown
+        if unknown or old is not None:
+            self.write()
+        else:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+
+    @rank_zero_only
+    def write(self) -> None:
+        text = io.StringIO()
+        table = csv.DictWriter(text, self.columns)
+        table.writeheader()
+        table.writerows(self.rows)
+        with replacing(self.path) as file:
+            file.write(text.getvalue().encode())
+
+
+class Progress(TQDMProgressBar):
+    """A bar that counts to the end of the training."""
+
+    @property
+    def total_train_batches(self) -> int:
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.train_progress_bar.reset(self.total_train_batches)
+        self.train_progress_bar.initial = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        self.train_progress_bar.n = self.train_progress_bar.initial
+        self.train_progress_bar.set_description("training")
+
+    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        shown = super().get_metrics(trainer, module)
+        shown.pop("v_num", None)
+        return shown
+
+
+# ---------------------------------------------------------------------------------------------------------- commands
+
+# settings that may differ when a run is continued: none of them changes what is computed up to a given update
+FREE = ("ckpt_path", "config", "weights_only", "verbose", "trainer.max_steps", "trainer.max_time")
+FREE += tuple(f"trainer.enable_{x}" for x in ("progress_bar", "model_summary")) + ("trainer.logger", "checkpoint_every")
+
+
+class Parser(Plain, LightningArgumentParser):
+    pass
+
+
+class Command(LightningCLI):
+    """`fit`, `validate` and `test` of one stage; one YAML is one experiment."""
+
+    def __init__(self, module: type[Lit], data: type[Data], args: Sequence[str]):
+        torch.set_float32_matmul_precision("high")
+        super().__init__(
+            module,
+            data,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_class=Parser,
+            args=with_shipped_configs(args),
+            trainer_defaults={
+                "enable_checkpointing": False,
+                "enable_model_summary": False,
+                "use_distributed_sampler": False,
+                "check_val_every_n_epoch": None,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 50,
+                "callbacks": [Progress(refresh_rate=10)],
+            },
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {k: v for k, v in LightningCLI.subcommands().items() if k != "predict"}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run", type=str, help="the run folder: everything that is written goes there")
+        parser.link_arguments("run", "trainer.default_root_dir")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.seed")
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint brings no settings with it: the config is the whole experiment."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config[self.subcommand]
+        if not config.run:
+            raise UserError("no run folder is given", "say where to write, for instance --run runs/first")
+        run = Path(config.run)
+        checkpoint = self.checkpoint(run, config.ckpt_path)
+        chosen = self.config_init[self.subcommand].trainer.logger
+        loggers = chosen if isinstance(chosen, list) else [chosen] if isinstance(chosen, Logger) else []
+        if self.subcommand == "fit":
+            self.keep_config(run, continues=config.ckpt_path is not None)
+            step = None if checkpoint is None else saved_step(checkpoint)
+            loggers = [MetricsFile(run / "metrics.csv", step), *loggers]
+        self.config_init[self.subcommand].ckpt_path = None if checkpoint is None else str(checkpoint)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice on the number of workers and the like
+            return super().instantiate_trainer(logger=loggers, plugins=[SafeCheckpoints()], **kwargs)
+
+    def checkpoint(self, run: Path, asked: str | None) -> Path | None:
+        """`last` and `best` mean the run's own; a `last` that is not there yet means to begin."""
+        if asked is None:
+            return None
+        if asked not in ("last", "best"):
+            return Path(asked)
+        path = run / "checkpoints" / f"{asked}.ckpt"
+        if path.is_file():
+            return path
+        if self.subcommand == "fit" and asked == "last":
+            print(f"{run} holds no checkpoint yet: the training begins")
+            return None
+        raise ArtefactError(f"{run} holds no {asked} checkpoint", "train it first: fit writes one at each validation")
+
+    def keep_config(self, run: Path, continues: bool) -> None:
+        """Write config.yaml; refuse to mix two experiments in one folder."""
+        path = run / "config.yaml"
+        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        new = yaml.safe_load(text)
+        if path.is_file():
+            old = yaml.safe_load(path.read_text())
+            if not continues:
+                raise UserError(
+                    f"{run} already holds a run",
+                    "continue it with --ckpt_path last, or write elsewhere with --run FOLDER",
+                )
+            differing = [
+                f"{key}: {was} there, {now} here"
+                for key, was, now in differences(old, new)
+                if not key.startswith(FREE)
+            ]
+            if differing:
+                raise UserError(
+                    f"the config differs from the one that {run} was begun with ({'; '.join(differing)})",
+                    "continue with the old settings, or begin another run with --run FOLDER",
+                )
+        with replacing(path) as file:
+            file.write(text.encode())
+
+
+def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The leaves of two nested configs that are not equal: (dotted key, old value, new value)."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif old != new:
+        yield key, old, new
+
+
+def saved_step(checkpoint: Path) -> int:
+    return int(SafeCheckpoints().load_checkpoint(checkpoint)["global_step"])
+
+
+def with_shipped_configs(args: Sequence[str]) -> list[str]:
+    """Let `--config dvae/emoji` and `--config configs/dvae/emoji.yaml` mean the shipped file, from a wheel too."""
+    found, previous = [], ""
+    for arg in args:
+        if previous in ("-c", "--config"):
+            arg = str(find_config(arg))
+        elif arg.startswith("--config="):
+            arg = f"--config={find_config(arg.removeprefix('--config='))}"
+        found.append(arg)
+        previous = arg
+    return found
+
+
+def find_config(name: str) -> Path:
+    """The config file at the path `name`, or the shipped one of that name."""
+    if Path(name).is_file():
+        return Path(name)
+    package = Path(str(importlib.resources.files("dvae")))
+    short = name.removeprefix("configs/").removesuffix(".yaml") + ".yaml"
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / short).is_file():
+            return folder / short
+    shipped = sorted(
+        str(path.relative_to(folder).with_suffix(""))
+        for folder in (package / "configs", package.parent / "configs")
+        for path in folder.rglob("*.yaml")
+    )
+    raise UserError(f"there is no config {name}", f"give a path, or one of the shipped names: {', '.join(shipped)}")
+
+
+def run(command: type[Command], module: type[Lit], data: type[Data], args: Sequence[str]) -> Command:
+    """Run `fit`, `validate` or `test` as the command line would."""
+    with warnings.catch_warnings():
+        # Lightning's advice that does not fit an endless epoch over data held in memory
+        warnings.filterwarnings("ignore", message=".*(num_workers|LeafSpec|many workers|IterableDataset).*")
+        return command(module, data, args)

@@ -1,0 +1,251 @@
+"""The discrete VAE: images <-> a grid of integers (paper, 2.1 and appendix A).
+
+The family is the paper's: an encoder of residual bottleneck blocks with max-pooling, a decoder of the same with
+nearest-neighbour upsampling, no normalisation, 1x1 convolutions next to the relaxation. `DVAEConfig()`'s depth and
+width are free; a `patch` above 1 lets small models skip the expensive full-resolution layers.
+The model prints nothing, opens no files, knows no device and no training.
+
+B batch, H W picture, h w grid, K codes, C channels.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dvae import artefact
+from dvae.errors import ArtefactError, UserError
+from dvae.likelihood import likelihood
+from dvae.quantize import Quantized, gumbel_softmax
+
+
+@dataclass(frozen=True)
+class DVAEConfig:
+    """The architecture of a discrete VAE.
+
+    Args:
+        image_size: height and width of the pictures, pixels.
+        vocab_size: number of codes K (the paper: 8192).
+        hidden: channels of the first group (the paper: 256); group g has hidden * 2**g.
+        groups: groups of blocks; between two groups the grid is halved (the paper: 4).
+        blocks: residual blocks per group (the paper: 2).
+        bottleneck: channels of a block over channels inside its residual path (the paper: 4).
+        code_width: channels that the decoder reads from the codes, the width of the codebook (the paper: 128).
+        kernel: size of the encoder's first convolution (the paper: 7).
+        patch: stride of the first convolution, undone by the last one (the paper: 1).
+        gain: weight of each residual path; null means the paper's 1 / (groups * blocks)**2.
+        likelihood: logit-laplace (the paper), l2 or l1.
+        spread: fixed spread of l2 and l1; logit-laplace learns its own.
+    """
+
+    image_size: int = 256
+    vocab_size: int = 8192
+    hidden: int = 256
+    groups: int = 4
+    blocks: int = 2
+    bottleneck: int = 4
+    code_width: int = 128
+    kernel: int = 7
+    patch: int = 1
+    gain: float | None = None
+    likelihood: str = "logit-laplace"
+    spread: float = 0.1
+
+    def __post_init__(self):
+        for name in ("image_size", "vocab_size", "hidden", "groups", "blocks", "bottleneck", "code_width", "patch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}", f"{name} must be at least 1")
+        if self.kernel < self.patch or (self.kernel - self.patch) % 2:
+            raise UserError(
+                f"kernel {self.kernel} does not fit patch {self.patch}",
+                "the kernel must be as large as the patch and differ from it by an even number",
+            )
+        if self.image_size % self.factor:
+            raise UserError(
+                f"image_size {self.image_size} is not a multiple of the downsampling factor {self.factor}",
+                f"choose a multiple of {self.factor} = patch * 2**(groups - 1)",
+            )
+        if self.hidden % self.bottleneck:
+            raise UserError(
+                f"hidden {self.hidden} is not a multiple of bottleneck {self.bottleneck}", "choose a multiple"
+            )
+        likelihood(self.likelihood, self.spread)
+
+    @property
+    def factor(self) -> int:
+        """Downsampling from picture to grid."""
+        return self.patch * 2 ** (self.groups - 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.image_size // self.factor, self.image_size // self.factor
+
+    @property
+    def residual_gain(self) -> float:
+        return 1 / (self.groups * self.blocks) ** 2 if self.gain is None else self.gain
+
+
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """Zero-padded; weights normal with standard deviation 1 / sqrt(fan-in), biases 0 (the released code's choice)."""
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - stride) // 2)
+    nn.init.normal_(layer.weight, std=1 / math.sqrt(inputs * kernel**2))
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Block(nn.Module):
+    """skip + gain * residual: four convolutions behind ReLUs, three of them 3x3, one 1x1 (appendix A.1).
+
+    The 1x1 stands next to the relaxation: last in the encoder's blocks, first in the decoder's.
+    """
+
+    def __init__(self, inputs: int, outputs: int, config: DVAEConfig, kernels: tuple[int, int, int, int]):
+        super().__init__()
+        inner = outputs // config.bottleneck
+        widths = (inputs, inner, inner, inner, outputs)
+        layers = []
+        for k, kernel in enumerate(kernels):
+            layers += [nn.ReLU(), conv(widths[k], widths[k + 1], kernel)]
+        self.residual = nn.Sequential(*layers)
+        self.skip = nn.Identity() if inputs == outputs else conv(inputs, outputs, 1)
+        self.gain = config.residual_gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + self.gain * self.residual(x)
+
+
+class Encoder(nn.Module):
+    """Mapped images `(B, 3, H, W)` -> logits `(B, K, h, w)`."""
+
+    def __init__(self, config: DVAEConfig):
+        super().__init__()
+        width = config.hidden
+        layers: list[nn.Module] = [conv(3, width, config.kernel, config.patch)]
+        for group in range(config.groups):
+            outputs = config.hidden * 2**group
+            for _ in range(config.blocks):
+                layers.append(Block(width, outputs, config, (3, 3, 3, 1)))
+                width = outputs
+            if group < config.groups - 1:
+                layers.append(nn.MaxPool2d(2))
+        self.body = nn.Sequential(*layers, nn.ReLU())
+        self.output = conv(width, config.vocab_size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.body(x))
+
+
+class Decoder(nn.Module):
+    """Weights over the codes `(B, K, h, w)` -> the likelihood's raw channels `(B, C, H, W)`.
+
+    The rows of the first 1x1 convolution are the codebook: there is no other.
+    """
+
+    def __init__(self, config: DVAEConfig, channels: int):
+        super().__init__()
+        self.patch = config.patch
+        self.input = conv(config.vocab_size, config.code_width, 1)
+        width = config.code_width
+        layers: list[nn.Module] = []
+        for group in reversed(range(config.groups)):
+            outputs = config.hidden * 2**group
+            for _ in range(config.blocks):
+                layers.append(Block(width, outputs, config, (1, 3, 3, 3)))
+                width = outputs
+            if group:
+                layers.append(nn.Upsample(scale_factor=2, mode="nearest"))
+        self.body = nn.Sequential(*layers, nn.ReLU(), conv(width, channels * config.patch**2, 1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        raw = self.body(self.input(z))
+        return rearrange(raw, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
+
+
+class DVAE(nn.Module):
+    """The image tokenizer that stage 2 sees: `encode`, `decode`, `logits`, `decode_soft`, `codes`, `grid`, `vocab_size`."""
+
+    kind = "dvae"
+
+    def __init__(self, config: DVAEConfig):
+        super().__init__()
+        self.config = config
+        self.likelihood = likelihood(config.likelihood, config.spread)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config, self.likelihood.channels)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.config.grid
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Images `(B, 3, H, W)` in [0, 1] -> unnormalised log-probabilities of the codes `(B, K, h, w)`.
+
+        Raises:
+            UserError: when the pictures are not of the size that the model was made for.
+        """
+        side = self.config.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise UserError(
+                f"images of shape {tuple(images.shape)} do not fit this model",
+                f"it reads (batch, 3, {side}, {side}); dvae.images.square crops and scales a picture",
+            )
+        return self.encoder(self.likelihood.inmap(images))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images `(B, 3, H, W)` in [0, 1] -> tokens `(B, h, w)` int64, by argmax: no noise (paper, 2.2)."""
+        return self.logits(images).argmax(1)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens `(B, h, w)` -> images `(B, 3, H, W)` in [0, 1]."""
+        return self.decode_soft(F.one_hot(tokens, self.vocab_size).movedim(-1, 1).to(self.decoder.input.weight.dtype))
+
+    def decode_soft(self, probabilities: Tensor) -> Tensor:
+        """Weights over the codes `(B, K, h, w)`, each cell summing to one -> images `(B, 3, H, W)` in [0, 1]."""
+        return self.likelihood.picture(self.decoder(probabilities))
+
+    def codes(self) -> Tensor:
+        """The codebook `(K, code_width)`: what the decoder's first convolution makes of each code."""
+        return self.decoder.input.weight[:, :, 0, 0].t()
+
+    def forward(
+        self, images: Tensor, temperature: float, generator: torch.Generator, straight_through: bool = False
+    ) -> tuple[Tensor, Tensor, Quantized]:
+        """The training pass: relaxed codes with Gumbel noise.
+
+        Returns:
+            the decoder's raw output `(B, channels, H, W)`, the encoder's logits `(B, K, h, w)`, and the `Quantized`.
+        """
+        logits = self.logits(images)
+        quantized = gumbel_softmax(logits, temperature, generator, straight_through)
+        return self.decoder(quantized.z), logits, quantized
+
+    def save(self, folder: str | Path, about: dict | None = None) -> str:
+        """Write the artefact to `folder`, replacing an older one atomically; returns its digest."""
+        return artefact.save(folder, self.kind, asdict(self.config), self.state_dict(), about=about or {})
+
+
+def load(run: str | Path) -> DVAE:
+    """The trained DVAE of a run folder or an artefact folder, on the CPU, in eval mode.
+
+    Raises:
+        ArtefactError: it is missing, damaged, or not a dVAE.
+    """
+    found = artefact.load(artefact.find(run, DVAE.kind), DVAE.kind)
+    try:
+        model = DVAE(DVAEConfig(**found.config))
+        model.load_state_dict(found.tensors)
+    except (TypeError, RuntimeError, UserError) as error:
+        raise ArtefactError(
+            f"{run} does not hold a dVAE of this version: {str(error).splitlines()[0]}",
+            "train it again, or use the version of this project that wrote it",
+        ) from error
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,219 @@
+"""Stage 1 under Lightning: `dvae fit | validate | test`.
+
+    dvae fit --config dvae/scenes --run runs/scenes-dvae
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dvae import lit, seeds
+from dvae.codebook import usage
+from dvae.data import Source, check_share, open_source, split
+from dvae.errors import UserError, warn
+from dvae.images import augment, grid, to_uint8
+from dvae.model import DVAE, DVAEConfig, load
+from dvae.quantize import usage_gap
+from dvae.schedules import Schedule
+
+
+class Pictures(Dataset):
+    """Batches of one source: uint8 images `(B, 3, size, size)` and the (epoch, index) rows they come from."""
+
+    def __init__(self, source: Source, size: int, seed: int, augmented: bool):
+        self.source, self.size, self.seed, self.augmented = source, size, seed, augmented
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, rows: list[tuple[int, int]]) -> dict[str, Any]:
+        if not self.augmented:
+            return {"images": self.source.images([index for _, index in rows]), "rows": rows}
+        pictures = [
+            augment(self.source.image(index), self.size, seeds.rng(self.seed, "augment", epoch, index))
+            for epoch, index in rows
+        ]
+        return {"images": torch.stack(pictures), "rows": rows}
+
+
+class ImageData(lit.Data):
+    """The pictures of a training.
+
+    Args:
+        source: where they are: scenes:train, a folder, or WebDataset tars.
+        val: another such source for validation; null splits `val_share` off the first one.
+        val_share: share of the rows that is validated on where `val` is null, chosen by a digest of their names.
+        image_size: height and width that they are brought to, pixels (set by the model's config).
+        batch_size: pictures per batch and device.
+        workers: loading processes; 0 loads in the training process.
+        augment: random crop, scale and flip as in the paper's listing 1, instead of a centred square.
+        max_bad: share of unusable files up to which training starts.
+        seed: set by seed_everything.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        val: str | None = None,
+        val_share: float = 0.05,
+        image_size: int = 256,
+        batch_size: int = 32,
+        workers: int = 0,
+        augment: bool = False,
+        max_bad: float = 0.01,
+        seed: int = 0,
+    ):
+        super().__init__(batch_size, workers, seed)
+        self.source, self.val_source, self.val_share = source, val, val_share
+        self.image_size, self.augmented, self.max_bad = image_size, augment, max_bad
+
+    def setup(self, stage: str) -> None:
+        train = open_source(self.source, self.image_size)
+        check_share(train, self.max_bad)
+        if self.val_source is None:
+            train, val = split(train, self.val_share)
+        else:
+            val = open_source(self.val_source, self.image_size)
+            check_share(val, self.max_bad)
+        self.train = Pictures(train, self.image_size, self.seed, self.augmented)
+        self.val = Pictures(val, self.image_size, self.seed, augmented=False)
+
+
+class LitDVAE(lit.Lit):
+    """Trains a discrete VAE on the relaxed evidence lower bound (paper, eq. 1 and appendix A.2).
+
+    The loss is in nats per pixel value: reconstruction summed over the picture plus `kl_weight` times the KL summed
+    over the grid, both divided by H * W * 3. So beta means what it means in the paper at any size and any grid.
+
+    Args:
+        config: the architecture.
+        optimiser: AdamW, its schedule, averaging.
+        temperature: of the Gumbel-softmax, over updates.
+        kl_weight: the paper's beta, over updates.
+            usage_weight: weight of ln K minus the entropy of the batch-mean code distribution, nats, over updates; not in
+            the paper, 0 switches it off.
+        straight_through: one-hot codes in the forward pass instead of the paper's soft ones.
+        channels_last: memory layout of the convolutions; faster on CPUs and on GPUs with tensor cores.
+        init_from: a run or artefact to start from (fine-tuning); null starts from nothing.
+        checkpoint_every: updates between two writes of last.ckpt (it is also written after each validation).
+        seed: set by seed_everything.
+    """
+
+    def __init__(
+        self,
+        config: DVAEConfig,
+        optimiser: lit.Optimiser,
+        temperature: Schedule,
+        kl_weight: Schedule,
+        usage_weight: Schedule | None = None,
+        straight_through: bool = False,
+        channels_last: bool = True,
+        init_from: str | None = None,
+        checkpoint_every: int = 1000,
+        seed: int = 0,
+    ):
+        super().__init__(optimiser, checkpoint_every, seed)
+        self.temperature, self.kl_weight, self.usage_weight = temperature, kl_weight, usage_weight
+        self.straight_through = straight_through
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = DVAE(config)
+        if init_from is not None:
+            start = load(init_from)
+            if start.config != config:
+                raise UserError(
+                    f"{init_from} has another architecture than this config", f"use its own config: {start.config}"
+                )
+            self.model.load_state_dict(start.state_dict())
+        self.model.to(memory_format=self.memory_format)
+        self.clear()
+
+    def pictures(self, batch: dict[str, Any]) -> Tensor:
+        return (batch["images"].float() / 255).contiguous(memory_format=self.memory_format)
+
+    def step(self, batch: dict[str, Any], update: int, batch_index: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        images = self.pictures(batch)
+        temperature, beta = self.temperature(update), self.kl_weight(update)
+        weight = 0.0 if self.usage_weight is None else self.usage_weight(update)
+        noise = seeds.generator(self.seed, "gumbel", batch_index, self.global_rank)
+        raw, logits, quantized = self.model(images, temperature, noise, self.straight_through)
+        nll = self.model.likelihood.nll(raw, images).mean()
+        kl = quantized.kl.mean()  # nats per picture
+        gap = usage_gap(logits)
+        loss = nll + beta * kl / images[0].numel() + weight * gap
+        cells = quantized.tokens[0].numel()
+        self.log("loss", loss, prog_bar=True, logger=False)
+        return loss, {
+            "train/loss": loss.detach(),
+            "train/nll": nll.detach(),
+            "train/kl": kl.detach() / cells,  # nats per token, ln K at the most
+            "train/usage_gap": gap.detach(),
+            "train/temperature": temperature,
+            "train/kl_weight": beta,
+        }
+
+    def clear(self) -> None:
+        self.seen: dict[str, float] = {"pictures": 0, "nll": 0.0, "relaxed_nll": 0.0, "kl": 0.0, "psnr": 0.0}
+        self.counts = torch.zeros(self.model.vocab_size, dtype=torch.int64)
+
+    def on_validation_epoch_start(self) -> None:
+        self.clear()
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        images, model = self.pictures(batch), self.model
+        noise = seeds.generator("validation", batch_index)  # the same in every validation, so that values compare
+        temperature = self.temperature(self.trainer.global_step)
+        relaxed, logits, quantized = model(images, temperature, noise)
+        hard = model.decoder(torch.zeros_like(logits).scatter_(1, quantized.tokens[:, None], 1.0))
+        error = (model.likelihood.picture(hard) - images).square().mean((1, 2, 3))
+        self.seen["pictures"] += len(images)
+        self.seen["nll"] += model.likelihood.nll(hard, images).mean((1, 2, 3)).sum().item()
+        self.seen["relaxed_nll"] += model.likelihood.nll(relaxed, images).mean((1, 2, 3)).sum().item()
+        self.seen["kl"] += quantized.kl.sum().item() / quantized.tokens[0].numel()
+        self.seen["psnr"] += (-10 * error.clamp_min(1e-10).log10()).sum().item()
+        self.counts += usage(quantized.tokens.cpu(), model.vocab_size).counts
+        if batch_index == 0 and self.trainer.state.fn == "fit":
+            count = min(16, len(images))
+            both = torch.stack([images[:count], model.likelihood.picture(hard[:count])], 1).flatten(0, 1)
+            lit.show(self.trainer, "reconstructions", grid(to_uint8(both.cpu()), columns=min(8, 2 * count)))
+
+    def test_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        self.validation_step(batch, batch_index)
+
+    def validation_metrics(self) -> dict[str, float]:
+        """Over the whole validation set: nats per value, nats per token, dB, shares.
+
+        `val/loss` is the negative bound with hard codes, without KL and usage terms: what stage 2 will see.
+        """
+        pictures = self.seen["pictures"]
+        codes = usage(torch.empty(0, dtype=torch.int64), self.model.vocab_size)._replace(counts=self.counts)
+        if codes.used < 0.1:
+            warn(
+                f"only {codes.used:.1%} of the {self.model.vocab_size} codes are in use: the codebook has collapsed",
+                "raise usage_weight (0.02 is a start), lower the learning rate, or let the temperature fall more slowly",
+            )
+        return {
+            "val/loss": self.seen["nll"] / pictures,
+            "val/relaxed_gap": (self.seen["nll"] - self.seen["relaxed_nll"]) / pictures,
+            "val/kl": self.seen["kl"] / pictures,
+            "val/psnr": self.seen["psnr"] / pictures,
+            "codebook/used": codes.used,
+            "codebook/perplexity": codes.perplexity,
+        }
+
+    def save(self, folder: Path, about: dict[str, Any]) -> None:
+        self.model.save(folder, about)
+
+
+class Command(lit.Command):
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.link_arguments("model.config.image_size", "data.image_size")
+
+
+def main(args: Sequence[str]) -> None:
+    """`dvae fit | validate | test` with these command-line arguments."""
+    lit.run(Command, LitDVAE, ImageData, args)

@@ -1,0 +1,137 @@
+"""Scores against one plain forward for each caption and picture."""
+
+import math
+
+import pytest
+import torch
+
+from dalle import rerank
+from dalle.model import DALLE, DALLEConfig
+from dalle.rerank import log_likelihoods, nearest, rank, scorer
+from dalle.sampling import Sampled, sample
+from dvae.errors import UserError
+
+BPE, T, K = 20, 4, 9
+NULL = torch.arange(BPE, BPE + T)[None]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = DALLE(DALLEConfig(vocab_text=BPE, text_length=T, vocab_image=K, grid=(2, 3), depth=2, width=16, heads=2))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.double()
+
+
+@pytest.fixture(scope="module")
+def drawn(model):
+    return sample(model, caption(1, 2, 3), 7, null_ids=NULL, guidance=2.0)
+
+
+def caption(*words):
+    return torch.tensor([[*words, *range(BPE + len(words), BPE + T)]])
+
+
+def by_forward(model, text_ids, tokens):
+    """ln p(picture | caption), caption by caption, picture by picture, token by token."""
+    table = torch.zeros(len(text_ids), len(tokens), dtype=torch.float64)
+    with torch.no_grad():
+        for p, text in enumerate(text_ids):
+            for n, picture in enumerate(tokens):
+                chances = model(text[None], picture[None]).image[0].softmax(-1)
+                for cell, token in enumerate(picture.flatten().tolist()):
+                    table[p, n] += math.log(chances[cell, token])
+    return table
+
+
+@pytest.mark.parametrize("room", [1, 2 * 6 * K, 2**25])  # pictures in a pass: 1, 2, all
+def test_log_likelihoods_are_those_of_forward(model, drawn, room, monkeypatch):
+    monkeypatch.setattr(rerank, "_LOGITS", room)
+    texts = torch.cat([caption(1, 2, 3), caption(4), NULL])
+    expected = by_forward(model, texts, drawn.tokens)
+    found = log_likelihoods(model, texts, drawn.tokens)
+    assert found.shape == (3, 7) and expected.std() > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+
+
+def test_likelihood_and_pmi(model, drawn):
+    plain, null = by_forward(model, torch.cat([caption(1, 2, 3), NULL]), drawn.tokens)
+    alone = drawn._replace(null=None)
+    for name, expected in {"none": plain * 0, "likelihood": plain, "pmi": plain - null}.items():
+        for sampled in (drawn, alone):
+            found = scorer(name, null_ids=NULL)(model, caption(1, 2, 3), sampled)
+            torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_contrast_is_the_posterior_among_the_nearest_captions(model, drawn):
+    prompt = caption(1, 2, 3)
+    near = [caption(3, 2, 1)] + [caption(1, 2, 3, i) for i in range(4, 10)] + [caption(1, 2)]
+    far = [caption(i) for i in range(10, 20)]
+    captions_ids = torch.cat([far[0], prompt, *near, *far])
+    rows = torch.cat([prompt, *near])
+    table = by_forward(model, rows, drawn.tokens).exp()
+    expected = (table[0] / table.mean(0)).log()
+    found = scorer("contrast", captions_ids)(model, prompt, drawn)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (found < math.log(9)).all() and found.std() > 0.01
+    assert torch.equal(found, scorer("contrast", captions_ids)(model, prompt, drawn))
+
+
+def test_contrast_without_other_captions_knows_no_difference(model, drawn):
+    prompt = caption(1, 2, 3)
+    assert scorer("contrast", prompt)(model, prompt, drawn).abs().max() < 1e-6
+
+
+def test_nearest_by_definition():
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        caption(*torch.randint(6, (int(torch.randint(1, T + 1, (1,), generator=generator)),), generator=generator))
+        for _ in range(60)
+    ]
+    sample_ids = torch.cat(rows)
+    for prompt in (rows[0], rows[7], caption(1, 2, 3), caption(19), NULL):
+
+        def jaccard(row, prompt=prompt):
+            one, two = ({i for i in ids if i < BPE} for ids in (row.tolist(), prompt[0].tolist()))
+            return len(one & two) / len(one | two) if one | two else 0
+
+        left = []
+        for row in sample_ids:
+            if row.tolist() != prompt[0].tolist() and row.tolist() not in [other.tolist() for other in left]:
+                left.append(row)
+        expected = [left[i].tolist() for i in sorted(range(len(left)), key=lambda i: (-jaccard(left[i]), i))]
+        for k in (1, 8, 1000):
+            assert nearest(prompt, sample_ids, k, BPE).tolist() == expected[:k]
+
+
+def test_equal_words_in_another_order_are_the_nearest():
+    sample_ids = torch.cat([caption(1, 2), caption(1, 2, 4), caption(3, 2, 1), caption(1, 2, 3, 5)])
+    assert nearest(caption(1, 2, 3), sample_ids, 2, BPE).tolist() == [
+        caption(3, 2, 1)[0].tolist(),
+        caption(1, 2, 3, 5)[0].tolist(),
+    ]
+
+
+def test_rank():
+    scores = torch.tensor([1.0, math.nan, 3.0, -math.inf, 3.0, math.inf, math.nan])
+    assert rank(scores).tolist() == [5, 2, 4, 0, 3, 1, 6]
+    assert rank(torch.zeros(50)).tolist() == list(range(50))
+
+
+def test_unknown_and_unfed_scorers_are_refused(model):
+    with pytest.raises(UserError) as error:
+        scorer("clip")
+    assert all(name in error.value.hint for name in ("none", "likelihood", "pmi", "contrast"))
+    for name in ("pmi", "contrast"):
+        with pytest.raises(UserError, match=name):
+            scorer(name)
+    with pytest.raises(UserError, match="contrast"):
+        scorer("contrast", torch.empty(0, T, dtype=torch.int64), NULL)
+
+
+def test_scoring_does_not_touch_what_it_scores(model, drawn):
+    before = Sampled(*(column.clone() for column in drawn))
+    for name in ("none", "likelihood", "pmi", "contrast"):
+        scorer(name, caption(5), NULL)(model, caption(1, 2, 3), drawn)
+    assert all(torch.equal(one, two) for one, two in zip(before, drawn, strict=True))
