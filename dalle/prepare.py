@@ -50,6 +50,7 @@ def prepare(
     out: str,
     val: str | None = None,
     val_share: float = 0.05,
+    length: int | None = None,
     batch: int = 64,
     max_bad: float = 0.01,
 ) -> None:
@@ -62,6 +63,7 @@ def prepare(
         out: the folder to write; it must not hold finished token files yet.
         val: another source to validate on; without it a share of `data` is set aside.
         val_share: that share, chosen by a digest of the rows' names.
+        length: text ids per caption, where the vocabulary is a tokenizer.json that does not say.
         batch: pictures encoded at a time.
         max_bad: share of unusable rows up to which the work is done.
     """
@@ -69,7 +71,7 @@ def prepare(
     if (folder / MANIFEST).exists():
         raise UserError(f"{out} already holds prepared tokens", "choose another --out, or remove that folder")
     tokenizer = load(dvae)
-    words = Text.from_file(text)
+    words = Text.from_file(text, length)
     size = tokenizer.config.image_size
     train = open_pairs(data, size, max_bad)
     if val is None:

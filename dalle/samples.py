@@ -38,7 +38,8 @@ def draw_samples(
             pass
         (folder / ".probe").unlink()
     except OSError as error:
-        raise EnvironmentProblem(f"{out} cannot be written: {error.strerror}", "choose another folder with --out") from error
+        problem = EnvironmentProblem(f"{out} cannot be written: {error.strerror}", "choose another folder with --out")
+        raise problem from error
     drawer = pipeline.load(run)
     digest = artefact.digest(drawer.source)
     cells = drawer.model.config.grid[0] * drawer.model.config.grid[1]

@@ -67,7 +67,6 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     return (cdf > (uniforms * below_total)[:, None]).byte().argmax(-1)  # the first of them
 
 
-@torch.inference_mode()
 def sample(
     model: DALLE,
     text_ids: Tensor,
@@ -112,7 +111,7 @@ def sample(
     at_once, together = (_EXACT_ROWS, 1) if exact else (batch, batch)
     computed = math.ceil(count / at_once) * at_once if exact else count
     drawn = []
-    with _one_thread() if exact else contextlib.nullcontext():
+    with torch.inference_mode(), _one_thread() if exact else contextlib.nullcontext():
         for first in range(0, prompts, together):
             ids = text_ids[first : first + together]
             # each prompt is read once, here, and its pictures start from copies; the null prompt is the last row
@@ -123,13 +122,17 @@ def sample(
                 rows = [prompt - first for prompt, _ in chunk] + [len(ids)] * len(chunk) * guided
                 uniforms = torch.stack([_uniforms(seeds[prompt], k, cells) for prompt, k in chunk])
                 wanted = sum(k < count for _, k in chunk)
-                state = prefix.select(rows)
-                drawn.append(_decode(model, state, uniforms, guidance, choose, chunk, progress, wanted))
-    tokens, logprobs, null = (
-        None if parts[0] is None else torch.cat(parts).unflatten(0, (prompts, computed))[:, :count].flatten(0, 1)
+                columns = []
+                for column in _decode(model, prefix.select(rows), uniforms, guidance, choose, chunk):
+                    columns.append(column)
+                    if progress is not None:
+                        progress(wanted)
+                drawn.append([torch.stack(parts, dim=1) for parts in zip(*columns, strict=True)])
+    tokens, logprobs, *null = (
+        torch.cat(parts).unflatten(0, (prompts, computed))[:, :count].flatten(0, 1)
         for parts in zip(*drawn, strict=True)
     )
-    return Sampled(tokens.unflatten(1, model.config.grid), logprobs, null)
+    return Sampled(tokens.unflatten(1, model.config.grid), logprobs, null[0] if guided else None)
 
 
 def _decode(
@@ -139,31 +142,27 @@ def _decode(
     guidance: float,
     choose: Callable[[Tensor, Tensor], Tensor],
     pictures: list[tuple[int, int]],
-    progress: Callable[[int], None] | None,
-    wanted: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Draw R pictures, cell after cell, from a prefilled cache: R rows, and with guidance R more of the null prompt.
+) -> Iterator[tuple[Tensor, ...]]:
+    """Draw R `pictures`, named (prompt, k), from a prefilled cache of R rows, and with guidance R of the null prompt.
 
-    Returns tokens, logprobs and null, each (R, N).
+    Yields for each cell the token, its logprob and, with guidance, its null logprob, each (R,).
     """
-    guided, token = guidance != 1, None
-    columns = []
+    streams, token = 1 if guidance == 1 else 2, None
     for cell in range(uniforms.shape[1]):
-        logits = model.step(token.repeat(1 + guided) if cell else None, cell, cache)
-        text, null = logits.chunk(2) if guided else (logits, None)
-        mixed = null.double() + guidance * (text.double() - null.double()) if guided else text
-        if not torch.isfinite(mixed).all():
-            prompt, k = pictures[int((~torch.isfinite(mixed)).any(1).nonzero()[0])]
+        logits = model.step(token.repeat(streams) if cell else None, cell, cache).chunk(streams)
+        mixed = logits[0]
+        if streams == 2:
+            text, null = (stream.double() for stream in logits)
+            mixed = null + guidance * (text - null)
+        finite = torch.isfinite(mixed).all(1)
+        if not finite.all():
+            prompt, k = pictures[finite.tolist().index(False)]
             raise NumericsError(
                 f"the model's logits are not finite at cell {cell} of picture {k} of prompt {prompt}",
                 "the weights are damaged or diverged in training: use an earlier checkpoint, or float32",
             )
         token = choose(mixed, uniforms[:, cell].to(mixed.device))
-        columns.append((token, *(_logprob(one, token) for one in (text, null) if one is not None)))
-        if progress is not None:
-            progress(wanted)
-    tokens, logprobs, *rest = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
-    return tokens, logprobs, rest[0] if rest else None
+        yield token, *(_logprob(stream, token) for stream in logits)
 
 
 def _logprob(logits: Tensor, token: Tensor) -> Tensor:  # (R, K), (R,) -> (R,)

@@ -175,6 +175,18 @@ def verify(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def copy(source: str | Path, target: str | Path) -> str:
+    """Copy a whole artefact to the folder `target`, in the place of one that is there, and return its digest.
+
+    Raises:
+        ArtefactError: the source is missing or damaged.
+    """
+    manifest = verify(source)
+    _copy(Path(source), manifest, Path(target))
+    _sweep(Path(target), manifest)
+    return manifest["digest"]
+
+
 def _verify_parts(folder: Path, manifest: dict[str, Any]) -> None:
     for entry in manifest["parts"].values():
         if verify(folder / entry["folder"])["digest"] != entry["digest"]:

@@ -1,4 +1,4 @@
-"""Pictures of knowledge, as uint8 tensors `(3, H, W)`: atlas, bars, labelled sheets; shared by commands and notebooks."""
+"""Pictures of knowledge, as uint8 tensors `(3, H, W)`: atlas, bars, labelled sheets; for commands and notebooks."""
 
 import textwrap
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ def bars(values: Tensor, height: int = 120, width: int = 640) -> Tensor:
 
 
 def codebook_report(run: str, data: str, out: str, count: int) -> list[Path]:
-    """Count the codes of a tokenizer over at most `count` pictures and draw what they paint; returns what was written."""
+    """Count a tokenizer's codes over at most `count` pictures and draw what they paint; returns what was written."""
     model = load(run)
     source = open_source(data, model.config.image_size)
     images = source.images(range(min(count, len(source)))).float() / 255
@@ -97,5 +97,5 @@ def codebook_report(run: str, data: str, out: str, count: int) -> list[Path]:
         "counts": counts.tolist(),
     }
     files.write_json(folder / "codebook.json", numbers)
-    print(f"{seen.used:.1%} of {model.vocab_size} codes used over {len(images)} pictures, perplexity {seen.perplexity:.1f}")
+    print(f"{seen.used:.1%} of {model.vocab_size} codes in use, perplexity {seen.perplexity:.1f}, {len(images)} pictures")
     return [folder / name for name in ("atlas.png", "alone.png", "usage.png", "codebook.json")]

@@ -13,6 +13,7 @@ import csv
 import hashlib
 import importlib.resources
 import io
+import logging
 import math
 import signal
 import warnings
@@ -83,6 +84,9 @@ class Data(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         return self.val_dataloader()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -163,9 +167,6 @@ class Lit(LightningModule):
         # the averaging callback puts the training weights back
         average = [] if self.optimiser.ema is None else [EMAWeightAveraging(decay=self.optimiser.ema)]
         return [Validation(), *average, Checkpoints(self.checkpoint_every)]
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def non_finite(what: str, value: float, update: int, rows: Sequence[tuple[int, int]]) -> NumericsError:
@@ -430,7 +431,6 @@ class Command(LightningCLI):
                 "check_val_every_n_epoch": None,
                 "num_sanity_val_steps": 0,
                 "log_every_n_steps": 50,
-                "callbacks": [Progress(refresh_rate=10)],
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -455,7 +455,10 @@ class Command(LightningCLI):
             raise UserError("no run folder is given", "say where to write, for instance --run runs/first")
         run = Path(config.run)
         checkpoint = self.checkpoint(run, config.ckpt_path)
-        chosen = self.config_init[self.subcommand].trainer.logger
+        trainer = self.config_init[self.subcommand].trainer
+        if trainer.enable_progress_bar is not False:
+            trainer.callbacks = [*(trainer.callbacks or []), Progress(refresh_rate=10)]
+        chosen = trainer.logger
         loggers = chosen if isinstance(chosen, list) else [chosen] if isinstance(chosen, Logger) else []
         if self.subcommand == "fit":
             self.keep_config(run, continues=config.ckpt_path is not None)
@@ -551,7 +554,10 @@ def find_config(name: str) -> Path:
 
 def run(command: type[Command], module: type[Lit], data: type[Data], args: Sequence[str]) -> Command:
     """Run `fit`, `validate` or `test` as the command line would."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # no advertisements
     with warnings.catch_warnings():
-        # Lightning's advice that does not fit an endless epoch over data held in memory
-        warnings.filterwarnings("ignore", message=".*(num_workers|LeafSpec|many workers|IterableDataset).*")
+        # advice that does not fit an endless epoch, or a call from within Python
+        for advice in ("num_workers", "LeafSpec", "many workers", "IterableDataset", "args parameter"):
+            warnings.filterwarnings("ignore", message=f".*{advice}.*")
         return command(module, data, args)

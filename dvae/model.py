@@ -167,7 +167,7 @@ class Decoder(nn.Module):
 
 
 class DVAE(nn.Module):
-    """The image tokenizer that stage 2 sees: `encode`, `decode`, `logits`, `decode_soft`, `codes`, `grid`, `vocab_size`."""
+    """The image tokenizer; its face is `encode`, `decode`, `logits`, `decode_soft`, `codes`, `grid`, `vocab_size`."""
 
     kind = "dvae"
 

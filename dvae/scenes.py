@@ -48,6 +48,7 @@ HELD_OUT = frozenset(
 _ALL = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 _SEEN = tuple(kind for kind in _ALL if kind not in HELD_OUT)
 _MARGIN, _GAP, _OFFSET = 1.0, (2.0, 5.0), 3.0
+_JITTER = 3.0  # how far the middle of the pair may stand from the middle of the canvas, along and across
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,16 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
     # Along the axis of the relation, in reading order: margin, box, gap, box, margin.
     length = 2 * sum(radii)
     gap = between(_GAP[0], min(_GAP[1], CANVAS - 2 * _MARGIN - length))
-    start = between(_MARGIN, CANVAS - _MARGIN - length - gap)
+    middle = (CANVAS - length - gap) / 2  # where the pair starts when it stands in the middle
+    slack = min(_JITTER, middle - _MARGIN)
+    start = between(middle - slack, middle + slack)
     along = [start + radii[0], start + length + gap - radii[1]]
     if sum(RELATIONS[relation]) > 0:  # the first thing comes second in reading order
         along = [CANVAS - position for position in along]
     # Across it the centres differ by `offset` only.
     offset = between(-_OFFSET, _OFFSET)
-    low = max(_MARGIN + radii[0], _MARGIN + radii[1] - offset)
-    high = CANVAS - max(_MARGIN + radii[0], _MARGIN + radii[1] + offset)
-    across = [between(low, high)]
-    across.append(across[0] + offset)
+    centre = CANVAS / 2 + between(-_JITTER, _JITTER)
+    across = [centre - offset / 2, centre + offset / 2]
     xs, ys = (along, across) if RELATIONS[relation][0] else (across, along)
     first, second = (
         Thing(*kind, *rest) for kind, *rest in zip((first, second), sizes, xs, ys, radii, strict=True)
@@ -358,8 +359,8 @@ def _spread(labels: np.ndarray) -> np.ndarray:
 
 
 def _components(mask: np.ndarray) -> np.ndarray:
-    """A number for each connected part of each mask, 0 outside; (B, H, W) bool -> int16."""
-    labels = mask * np.arange(1, mask[0].size + 1, dtype=np.int16).reshape(mask[0].shape)
+    """A number for each connected part of each mask, 0 outside; (B, 32, 32) bool -> int16."""
+    labels = mask * np.arange(1, CANVAS**2 + 1, dtype=np.int16).reshape(CANVAS, CANVAS)
     while not np.array_equal(spread := _spread(labels) * mask, labels):
         labels = spread
     return labels

@@ -94,8 +94,8 @@ class LitDVAE(lit.Lit):
         optimiser: AdamW, its schedule, averaging.
         temperature: of the Gumbel-softmax, over updates.
         kl_weight: the paper's beta, over updates.
-            usage_weight: weight of ln K minus the entropy of the batch-mean code distribution, nats, over updates; not in
-            the paper, 0 switches it off.
+        usage_weight: weight of ln K minus the entropy of the batch-mean code distribution, nats, over updates; not in
+            the paper; null switches it off.
         straight_through: one-hot codes in the forward pass instead of the paper's soft ones.
         channels_last: memory layout of the convolutions; faster on CPUs and on GPUs with tensor cores.
         init_from: a run or artefact to start from (fine-tuning); null starts from nothing.
@@ -193,7 +193,7 @@ class LitDVAE(lit.Lit):
         if codes.used < 0.1:
             warn(
                 f"only {codes.used:.1%} of the {self.model.vocab_size} codes are in use: the codebook has collapsed",
-                "raise usage_weight (0.02 is a start), lower the learning rate, or let the temperature fall more slowly",
+                "raise usage_weight (0.02 is a start), lower the learning rate, or let the temperature fall slower",
             )
         return {
             "val/loss": self.seen["nll"] / pictures,

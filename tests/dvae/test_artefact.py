@@ -124,6 +124,16 @@ def test_its_own_part_can_be_saved_again(dalle):
     assert artefact.load(dalle, "dalle").parts == found.parts
 
 
+def test_copy(dalle, dvae, tmp_path):
+    whole = artefact.load(dalle, "dalle")
+    for source, kind in [(dvae, "dvae"), (dalle, "dalle")]:  # the second replaces the first
+        assert artefact.copy(source, tmp_path / "new" / "copy") == artefact.digest(source)
+        assert everything(tmp_path / "new" / "copy") == everything(source)
+        artefact.load(tmp_path / "new" / "copy", kind)
+    shutil.rmtree(dalle)
+    assert facts(artefact.load(tmp_path / "new" / "copy", "dalle")) == facts(whole)
+
+
 def test_equal_artefacts_are_equal_files(tmp_path):
     for name in "ab":
         artefact.save(tmp_path / name, "dvae", CONFIG, tensors(), about={"step": 1})
