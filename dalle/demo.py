@@ -1,7 +1,8 @@
 """`dalle demo`: from nothing to ranked pictures in minutes, on drawn scenes, with every number judged.
 
-Trains both stages with the shipped recipes (configs/dvae/demo.yaml and configs/dalle/demo.yaml), chooses guidance, temperature and ranker on captions that are never reported, then draws 16 candidates for each of 400
-captions of known compositions and 400 of compositions that neither stage has ever seen.
+Trains both stages with the shipped recipes (configs/dvae/demo.yaml and configs/dalle/demo.yaml), chooses guidance,
+temperature and ranker on captions that are never reported, then draws 16 candidates for each of 400 captions of known
+compositions and 400 of compositions that neither stage has ever seen.
 """
 
 import os

@@ -97,5 +97,6 @@ def codebook_report(run: str, data: str, out: str, count: int) -> list[Path]:
         "counts": counts.tolist(),
     }
     files.write_json(folder / "codebook.json", numbers)
-    print(f"{seen.used:.1%} of {model.vocab_size} codes in use, perplexity {seen.perplexity:.1f}, {len(images)} pictures")
+    print(f"{seen.used:.1%} of {model.vocab_size} codes in use over {len(images)} pictures")
+    print(f"perplexity {seen.perplexity:.1f}")
     return [folder / name for name in ("atlas.png", "alone.png", "usage.png", "codebook.json")]

@@ -79,6 +79,7 @@ class ImageData(lit.Data):
         else:
             val = open_source(self.val_source, self.image_size)
             check_share(val, self.max_bad)
+        train.images([0])  # scenes are drawn here, once, not in each loading process
         self.train = Pictures(train, self.image_size, self.seed, self.augmented)
         self.val = Pictures(val, self.image_size, self.seed, augmented=False)
 
