@@ -62,7 +62,7 @@ def prepare(
         data: any data source: scenes:train, a folder, tars.
         dvae: run folder or artefact folder of the image tokenizer.
         text: the vocabulary: a file that `dalle vocab` wrote, or any tokenizer.json.
-        out: the folder to write; it must not hold finished token files yet.
+        out: the folder to write; it must be empty, or what an interrupted call has left.
         val: another source to validate on; without it a share of `data` is set aside.
         val_share: that share, chosen by a digest of the rows' names.
         length: text ids per caption, where the vocabulary is a tokenizer.json that does not say.

@@ -189,7 +189,10 @@ def load(run: str | Path) -> Pipeline:
             f"{tokenizer.vocab_size} on {tokenizer.grid}",
             "the two do not belong together; use the artefact as it was written",
         )
-    captions = json.loads(found.files["captions"])
+    try:
+        captions = json.loads(found.files["captions"])
+    except ValueError:
+        captions = None
     if not (isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)):
         raise ArtefactError(f"the captions of {run} are not a list of texts", "save it again")
     return Pipeline(model, text, tokenizer, captions, artefact.find(run, KIND))

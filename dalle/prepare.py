@@ -20,6 +20,7 @@ from dvae.errors import ArtefactError, DataError, UserError
 from dvae.model import DVAE, load
 
 MANIFEST = "prepared.json"
+UNFINISHED = "unfinished"  # marks a folder as ours to clear, until it is whole
 
 
 def vocab(data: str, out: str, size: int = 16384, length: int = 256, max_bad: float = 0.01) -> None:
@@ -60,7 +61,7 @@ def prepare(
         data: any data source: scenes:train, a folder, tars.
         dvae: run folder or artefact folder of the image tokenizer.
         text: the vocabulary: a file that `dalle vocab` wrote, or any tokenizer.json.
-        out: the folder to write; it must not hold finished token files yet.
+        out: the folder to write; it must be empty, or what an interrupted call has left.
         val: another source to validate on; without it a share of `data` is set aside.
         val_share: that share, chosen by a digest of the rows' names.
         length: text ids per caption, where the vocabulary is a tokenizer.json that does not say.
@@ -68,19 +69,23 @@ def prepare(
         max_bad: share of unusable rows up to which the work is done.
     """
     folder = Path(out)
-    if (folder / MANIFEST).exists():
-        raise UserError(f"{out} already holds prepared tokens", "choose another --out, or remove that folder")
-    tokenizer = load(dvae)
+    if folder.exists() and not (folder / UNFINISHED).exists() and any(folder.iterdir()):
+        raise UserError(f"{out} is not empty", "choose another --out, or remove that folder")
+    if batch < 1:
+        raise UserError(f"batch is {batch}", "encode 1 picture or more at a time")
     words = Text.from_file(text, length)
-    size = tokenizer.config.image_size
+    size = load(dvae).config.image_size
     train = open_pairs(data, size, max_bad)
     if val is None:
         train, held = split(train, val_share)
     else:
         held = open_pairs(val, size, max_bad)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / UNFINISHED).touch()
     for part in ("train", "val", "dvae"):
         shutil.rmtree(folder / part, ignore_errors=True)  # what an interrupted call has left
-    folder.mkdir(parents=True, exist_ok=True)
+    identity = artefact.copy(artefact.find(dvae, DVAE.kind), folder / "dvae")
+    tokenizer = load(folder / "dvae")  # the copy, for a training that goes on replaces the other
     for part, pairs in (("train", train), ("val", held)):
         _encode(tokenizer, pairs, folder / part, batch)
         for name, reason in pairs.skipped:
@@ -91,9 +96,9 @@ def prepare(
     if cut:
         print(f"{cut} of {len(captions)} captions are longer than {words.text_length} ids and will be cut")
     files.write_bytes(folder / "text.json", words.to_json().encode())
-    identity = artefact.copy(artefact.find(dvae, DVAE.kind), folder / "dvae")
     sizes = Sizes(words.vocab_size, words.text_length, tokenizer.vocab_size, tokenizer.grid)
     digest = files.sha256_file(folder / "text.json")
+    (folder / UNFINISHED).unlink()
     files.write_json(folder / MANIFEST, describe(sizes, identity, digest))
     print(f"wrote {out}")
 
@@ -130,10 +135,10 @@ class Prepared:
                 f"the image tokenizer in {self.dvae} is not the one that made these tokens",
                 "make the tokens again with dalle prepare",
             )
+        self.text = Text.from_file(self.folder / "text.json")
         if files.sha256_file(self.folder / "text.json") != digest:
             raise ArtefactError(
                 f"the vocabulary in {self.folder} is not the one that it was prepared with",
                 "make the tokens again with dalle prepare",
             )
-        self.text = Text.from_file(self.folder / "text.json")
         self.train, self.val = TokenFiles(self.folder / "train"), TokenFiles(self.folder / "val")

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import tempfile
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,7 @@ def draw_samples(
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with files.replacing(folder / ".probe"):
-            pass
-        (folder / ".probe").unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         problem = EnvironmentProblem(f"{out} cannot be written: {error.strerror}", "choose another folder with --out")
         raise problem from error
@@ -44,7 +43,7 @@ def draw_samples(
     digest = artefact.digest(drawer.source)
     cells = drawer.model.config.grid[0] * drawer.model.config.grid[1]
     for text in wanted:
-        with tqdm(total=count * cells, desc=text[:40], unit="token", leave=False) as bar:
+        with tqdm(total=count * cells, desc=text[:40], unit="token", leave=False, disable=None) as bar:
             pictures = drawer(text, count, keep, seed, progress=bar.update, **settings)
         stem = free_stem(folder, text, seed)
         names = [f"{stem}-{place}.png" for place in range(1, len(pictures) + 1)]
@@ -66,14 +65,17 @@ def read_prompts(prompt: str | None, path: str | None) -> list[str]:
     """The one prompt, or the lines of a file that are not empty."""
     if (prompt is None) == (path is None):
         raise UserError("give either a prompt or --prompts FILE", 'for instance: dalle sample RUN "a red circle"')
-    if prompt is not None:
-        return [prompt]
     try:
+        if prompt is not None:
+            prompt.encode()  # the shell hands over any bytes
+            return [prompt]
         lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}", "--prompts wants a text file with one prompt a line") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt is not UTF-8 text (character {error.start})", "type it as UTF-8") from error
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise UserError(f"{path} holds no prompt", "write one prompt a line")
@@ -81,14 +83,17 @@ def read_prompts(prompt: str | None, path: str | None) -> list[str]:
 
 
 def free_stem(folder: Path, text: str, seed: int) -> str:
-    """A file name made of the prompt's letters, that nothing in `folder` has yet; it is taken at once."""
+    """A file name made of the prompt's letters, that nothing in `folder` begins with yet; it is taken at once."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60] or "prompt"
     for number in itertools.count(1):
-        stem = f"{slug}-seed{seed}" + (f"-{number}" if number > 1 else "")
+        # not "-2": that is the name of the first call's second picture
+        stem = f"{slug}-seed{seed}" + (f"-take{number}" if number > 1 else "")
+        if any(folder.glob(f"{stem}[.-]*")):
+            continue
         try:
             (folder / f"{stem}.json").touch(exist_ok=False)
             return stem
-        except FileExistsError:
+        except FileExistsError:  # another process was faster
             continue
     raise AssertionError("unreachable")

@@ -8,6 +8,7 @@ N pictures, h w grid.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,6 +76,8 @@ class TokenFiles:
             about = json.loads((self.folder / "tokens.json").read_text())
             self.grid, self.vocab_size, count = tuple(about["grid"]), about["vocab_image"], about["pictures"]
             whole = all(sha256_file(self.folder / name) == about["sha256"][name] for name in PARTS)
+            whole &= (self.folder / "tokens.bin").stat().st_size == 2 * count * math.prod(self.grid)
+            whole &= (self.folder / "lines.bin").stat().st_size == 8 * (count + 1)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder} holds no finished token files", "make them with dalle prepare") from error
         if not whole:

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jsonargparse.typing import PositiveInt
+
 from dvae.commands import dispatch
 
 HELP = """\
@@ -26,7 +28,7 @@ def fit(args: Sequence[str]) -> None:
     main(args)
 
 
-def reconstruct(run: str, images: str, out: str = "out", count: int = 32) -> None:
+def reconstruct(run: str, images: str, out: str = "out", count: PositiveInt = 32) -> None:
     """Encode pictures, decode them, and write a grid: originals above, reconstructions below.
 
     Args:
@@ -37,12 +39,13 @@ def reconstruct(run: str, images: str, out: str = "out", count: int = 32) -> Non
     """
     import torch
 
-    from dvae.data import open_source
+    from dvae.data import check_share, open_source
     from dvae.images import grid, save, to_uint8
     from dvae.model import load
 
     model = load(run)
     source = open_source(images, model.config.image_size)
+    check_share(source, max_bad=1)
     originals = source.images(range(min(count, len(source)))).float() / 255
     with torch.inference_mode():
         decoded = model.decode(model.encode(originals))
@@ -53,7 +56,7 @@ def reconstruct(run: str, images: str, out: str = "out", count: int = 32) -> Non
     print(f"PSNR {psnr:.2f} dB over {len(originals)} pictures; pairs of original and reconstruction\nwrote {path}")
 
 
-def codebook(run: str, data: str, out: str = "out", count: int = 2000) -> None:
+def codebook(run: str, data: str, out: str = "out", count: PositiveInt = 2000) -> None:
     """Count the codes over a data source and draw what each one paints.
 
     Args:

@@ -68,7 +68,7 @@ def painted_alone(tokenizer: torch.nn.Module, batch: int = 256) -> Tensor:
 
 
 @torch.inference_mode()
-def painted_in_context(tokenizer: torch.nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def painted_in_context(tokenizer: torch.nn.Module, images: Tensor, batch: int = 64) -> tuple[Tensor, Tensor]:
     """The mean patch of real reconstructions under each code.
 
     Args:
@@ -77,11 +77,12 @@ def painted_in_context(tokenizer: torch.nn.Module, images: Tensor) -> tuple[Tens
     Returns:
         mean patches `(K, 3, H/h, W/w)` (zero where a code was not used) and counts `(K,)`.
     """
-    h, w = tokenizer.grid
-    tokens = tokenizer.encode(images)
-    pictures = tokenizer.decode(tokens)
-    rows, columns = pictures.shape[2] // h, pictures.shape[3] // w
-    patches = F.unfold(pictures, (rows, columns), stride=(rows, columns)).movedim(1, 2).flatten(0, 1)
-    sums = torch.zeros(tokenizer.vocab_size, patches.shape[1]).index_add_(0, tokens.flatten(), patches)
-    counts = usage(tokens, tokenizer.vocab_size).counts
+    rows, columns = (side // cells for side, cells in zip(images.shape[2:], tokenizer.grid, strict=True))
+    sums = torch.zeros(tokenizer.vocab_size, 3 * rows * columns)
+    counts = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
+    for some in images.split(batch):
+        tokens = tokenizer.encode(some)
+        patches = F.unfold(tokenizer.decode(tokens), (rows, columns), stride=(rows, columns))  # B pixels cells
+        sums.index_add_(0, tokens.flatten(), patches.movedim(1, 2).flatten(0, 1))
+        counts += usage(tokens, tokenizer.vocab_size).counts
     return (sums / counts.clamp_min(1)[:, None]).unflatten(1, (3, rows, columns)), counts

@@ -30,11 +30,11 @@ def call(program: str, function: Callable, args: Sequence[str], optional: Sequen
     Parameters without a default are positional, the others are `--options`; those named in `optional` are positional
     too and may be left away.
     """
-    parser = Parser(prog=program, description=(function.__doc__ or "").split("\n\n")[0], default_meta=False)
+    parser = Parser(prog=program, description=(function.__doc__ or "").split("\n\n")[0])
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(optional))
     for name in optional:
         parser.add_argument(name, nargs="?", help="see above")
-    given = parser.parse_args(list(args))
+    given = parser.parse_args(list(args)).clone(with_meta=False)
     function(**vars(given))
 
 

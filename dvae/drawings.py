@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dvae import codebook, files
-from dvae.data import open_source
+from dvae.data import check_share, open_source
 from dvae.images import grid, save, to_uint8
 from dvae.model import load
 
@@ -81,6 +81,7 @@ def codebook_report(run: str, data: str, out: str, count: int) -> list[Path]:
     """Count a tokenizer's codes over at most `count` pictures and draw what they paint; returns what was written."""
     model = load(run)
     source = open_source(data, model.config.image_size)
+    check_share(source, max_bad=1)
     images = source.images(range(min(count, len(source)))).float() / 255
     in_context, counts = codebook.painted_in_context(model, images)
     seen = codebook.Usage(counts)

@@ -25,12 +25,14 @@ from typing import Any
 import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from dvae import images
@@ -48,12 +50,22 @@ def whole(batch: Any) -> Any:
     return batch
 
 
+def deaf(worker: int) -> None:
+    """A Ctrl-C reaches the loading processes too; only the training decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def training_loader(dataset: Dataset, batch: int, seed: int, workers: int, trainer: Trainer) -> DataLoader:
     """Endless batches of `dataset`, going on where the trainer's restored counters say that it stopped."""
     start = trainer.fit_loop.epoch_loop.batch_progress.current.processed
     order = Endless(len(dataset), batch, seed, start=start, rank=trainer.global_rank, world=trainer.world_size)
     return DataLoader(
-        dataset, batch_sampler=order, collate_fn=whole, num_workers=workers, persistent_workers=workers > 0
+        dataset,
+        batch_sampler=order,
+        collate_fn=whole,
+        num_workers=workers,
+        worker_init_fn=deaf,
+        persistent_workers=workers > 0,
     )
 
 
@@ -61,7 +73,7 @@ def validation_loader(dataset: Dataset, batch: int, workers: int) -> DataLoader:
     """Each row once, in order, as (epoch 0, index) pairs."""
     rows = [(0, index) for index in range(len(dataset))]
     batches = [rows[k : k + batch] for k in range(0, len(rows), batch)]
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=whole, num_workers=workers)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=whole, num_workers=workers, worker_init_fn=deaf)
 
 
 class Data(LightningDataModule):
@@ -142,6 +154,9 @@ class Lit(LightningModule):
         self.rows = batch["rows"]
         return loss
 
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.optimiser.learning_rate(self.trainer.global_step)
@@ -165,8 +180,10 @@ class Lit(LightningModule):
     def configure_callbacks(self) -> Sequence[Callback]:
         # the order matters: validation is judged and drawn while the averaged weights are in place, that is, before
         # the averaging callback puts the training weights back
-        average = [] if self.optimiser.ema is None else [EMAWeightAveraging(decay=self.optimiser.ema)]
-        return [Validation(), *average, Checkpoints(self.checkpoint_every)]
+        callbacks: list[Callback] = [Validation(), Checkpoints(self.checkpoint_every)]
+        if self.optimiser.ema is not None:  # all tensors in one call, unlike EMAWeightAveraging
+            callbacks.insert(1, WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(self.optimiser.ema)))
+        return callbacks
 
 
 def non_finite(what: str, value: float, update: int, rows: Sequence[tuple[int, int]]) -> NumericsError:
@@ -201,6 +218,11 @@ class Validation(Callback):
             about = {"step": trainer.global_step, **{k: float(v) for k, v in metrics.items()}}
             module.save(run_folder(trainer) / "model", about)
 
+    def on_test_epoch_end(self, trainer: Trainer, module: Lit) -> None:
+        metrics = {name.replace("val/", "test/"): value for name, value in module.validation_metrics().items()}
+        module.log_dict(metrics, logger=False)
+        record(trainer, metrics)
+
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
@@ -220,8 +242,7 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, every: int):
         self.every = every
-        self.stop: int | None = None
-        self.handlers: dict[int, Any] = {}
+        self.stop = 0  # the signal that asked for it
 
     def on_fit_start(self, trainer: Trainer, module: Lit) -> None:
         accumulate, interval, epochs = (
@@ -242,43 +263,45 @@ class Checkpoints(Checkpoint):
                 f"{trainer.max_steps} updates of {accumulate} batches do not end at a validation ({interval} batches)",
                 f"make max_steps a multiple of {interval // accumulate}, so that the final weights are validated",
             )
-        sweep(run_folder(trainer) / "checkpoints")
+        if trainer.is_global_zero:
+            for folder in (".", "checkpoints", "samples", "model"):
+                sweep(run_folder(trainer) / folder)
 
     def on_train_start(self, trainer: Trainer, module: Lit) -> None:
         def ask(number: int, frame: Any) -> None:
-            if self.stop is not None:
+            if self.stop:
                 raise KeyboardInterrupt
             self.stop = number
 
         with contextlib.suppress(ValueError):  # outside the main thread signals belong to somebody else
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, ask)
-
-    def teardown(self, trainer: Trainer, module: Lit, stage: str) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.handlers.clear()
+                signal.signal(number, ask)  # Lightning restores all handlers after the training, however it ends
 
     def on_train_batch_end(self, trainer: Trainer, module: Lit, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        step = trainer.global_step
+        step, stop = trainer.global_step, self.agreed(trainer)
         if step % trainer.log_every_n_steps == 0:
             record(trainer, module.latest)
-        if (batch_idx + 1) % trainer.val_check_batch and (step % self.every == 0 or self.stop is not None):
-            self.save(trainer)
+        if (batch_idx + 1) % trainer.val_check_batch and (step % self.every == 0 or stop):
+            self.save(trainer, stop)
 
     def on_validation_end(self, trainer: Trainer, module: Lit) -> None:
         # a validation that was due belongs to its update: saved before it, it would be skipped after a resume
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             if next(c for c in trainer.callbacks if isinstance(c, Validation)).improved:
                 trainer.save_checkpoint(run_folder(trainer) / "checkpoints" / "best.ckpt", WHOLE)
-            self.save(trainer)
+            self.save(trainer, self.agreed(trainer))
 
-    def save(self, trainer: Trainer) -> None:
+    def agreed(self, trainer: Trainer) -> int:
+        """The signal that any of the processes was stopped by: one that stops alone leaves the others waiting."""
+        strategy = trainer.strategy
+        return int(strategy.reduce(torch.tensor(self.stop, device=strategy.root_device), reduce_op="max"))
+
+    def save(self, trainer: Trainer, stop: int) -> None:
         trainer.save_checkpoint(run_folder(trainer) / "checkpoints" / "last.ckpt", WHOLE)
-        if self.stop is not None:
-            raise Stopped(self.stop)
+        if stop:
+            raise Stopped(stop)
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -345,8 +368,10 @@ class MetricsFile(Logger):
         super().__init__()
         self.path, self.rows, self.columns = path, [], ["step"]
         if keep_until is not None and path.is_file():
-            with open(path, newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= keep_until]
+            text = path.read_bytes().decode()
+            text = text[: text.rfind("\n") + 1]  # a power cut may have left half a row
+            table = csv.DictReader(io.StringIO(text, newline=""))
+            self.rows = [row for row in table if int(row["step"]) <= keep_until]
             self.columns = list(dict.fromkeys([*self.columns, *(key for row in self.rows for key in row)]))
         self.write()
 
@@ -395,17 +420,18 @@ class Progress(TQDMProgressBar):
         self.train_progress_bar.n = self.train_progress_bar.initial
         self.train_progress_bar.set_description("training")
 
-    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    def get_metrics(self, trainer: Trainer, module: Lit) -> dict[str, Any]:
         shown = super().get_metrics(trainer, module)
         shown.pop("v_num", None)
-        return shown
+        return shown | {"loss": f"{float(module.latest['train/loss']):.4g}"} if module.latest else shown
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
 
 # settings that may differ when a run is continued: none of them changes what is computed up to a given update
-FREE = ("ckpt_path", "config", "weights_only", "verbose", "trainer.max_steps", "trainer.max_time")
-FREE += tuple(f"trainer.enable_{x}" for x in ("progress_bar", "model_summary")) + ("trainer.logger", "checkpoint_every")
+FREE = {"ckpt_path", "config", "weights_only", "verbose", "run", "data.workers", "model.checkpoint_every"}
+FREE |= {f"trainer.{x}" for x in ("default_root_dir", "max_steps", "max_time", "logger")}
+FREE |= {f"trainer.enable_{x}" for x in ("progress_bar", "model_summary")}
 
 
 class Parser(Plain, LightningArgumentParser):
@@ -441,7 +467,7 @@ class Command(LightningCLI):
         return {k: v for k, v in LightningCLI.subcommands().items() if k != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run", type=str, help="the run folder: everything that is written goes there")
+        parser.add_argument("--run", type=str | None, help="the run folder: everything that is written goes there")
         parser.link_arguments("run", "trainer.default_root_dir")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
@@ -488,7 +514,7 @@ class Command(LightningCLI):
         path = run / "config.yaml"
         text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         new = yaml.safe_load(text)
-        if path.is_file():
+        if any((run / "checkpoints").glob("*.ckpt")):  # what failed before its first checkpoint may begin again
             old = yaml.safe_load(path.read_text())
             if not continues:
                 raise UserError(
@@ -498,7 +524,7 @@ class Command(LightningCLI):
             differing = [
                 f"{key}: {was} there, {now} here"
                 for key, was, now in differences(old, new)
-                if not key.startswith(FREE)
+                if not any(f"{key}.".startswith(f"{free}.") for free in FREE)
             ]
             if differing:
                 raise UserError(
@@ -560,4 +586,13 @@ def run(command: type[Command], module: type[Lit], data: type[Data], args: Seque
         # advice that does not fit an endless epoch, or a call from within Python
         for advice in ("num_workers", "LeafSpec", "many workers", "IterableDataset", "args parameter"):
             warnings.filterwarnings("ignore", message=f".*{advice}.*")
-        return command(module, data, args)
+        try:
+            return command(module, data, args)
+        except MisconfigurationException as error:
+            raise UserError(" ".join(str(error).split()), "change that setting; fit --help lists them all") from error
+        except SystemExit as end:
+            if not isinstance(end.__context__, KeyboardInterrupt):
+                raise
+            # Lightning answers a Ctrl-C with exit code 1, deaf to the next one
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt from end

@@ -44,7 +44,7 @@ def gumbel_softmax(
     z = F.softmax((logits.float() + noise) / temperature, dim=1)
     if straight_through:
         hard = F.one_hot(z.argmax(1), z.shape[1]).movedim(-1, 1).to(z.dtype)
-        z = hard + z - z.detach()
+        z = hard + (z - z.detach())  # the bracket is exactly 0, so the sum is exactly one-hot
     return Quantized(z, logits.argmax(1), kl_to_uniform(logits))
 
 

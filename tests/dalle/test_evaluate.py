@@ -1,0 +1,131 @@
+"""Shares, their intervals, and the table of candidates, on verdicts that are known beforehand."""
+
+import math
+
+import pytest
+import torch
+
+from dalle.evaluate import Candidates, Settings, Share, draw_and_judge
+from dalle.pipeline import load
+from dalle.sampling import Sampled
+from dalle.text import Text
+from dvae import scenes
+from dvae.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "hits, trials, low, high",
+    [  # Newcombe 1998, table I, method 3; and Wilson's closed forms at the ends
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (10, 10, 0.7225, 1.0),
+    ],
+)
+def test_wilsons_interval(hits, trials, low, high):
+    share = Share(hits, trials)
+    assert share.value == pytest.approx(hits / trials)
+    assert share.interval == pytest.approx((low, high), abs=5e-5)
+    mirrored = Share(trials - hits, trials).interval
+    assert mirrored == pytest.approx((1 - share.interval[1], 1 - share.interval[0]))
+
+
+def test_the_ends_of_the_interval_are_where_the_score_test_rejects():
+    share = Share(37, 400)
+    for end in share.interval:
+        assert abs(share.value - end) / math.sqrt(end * (1 - end) / 400) == pytest.approx(1.959964, rel=1e-6)
+
+
+def test_a_share_as_text_and_as_json():
+    share = Share(81, 263)
+    assert str(share) == " 30.8 % [25.5, 36.6]"
+    assert share.json() == {"value": share.value, "low": share.interval[0], "high": share.interval[1], "trials": 263}
+
+
+@pytest.fixture
+def candidates() -> Candidates:
+    exact = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]]).bool()
+    best = {"good": torch.tensor([0, 3, 1]), "bad": torch.tensor([2, 0, 3])}
+    reasons = [["" if e else "no" for e in row] for row in exact.tolist()]
+    return Candidates(["a", "b", "c"], torch.zeros(3, 4, 3, 8, 8), exact, reasons, best)
+
+
+def test_shares_of_candidates(candidates):
+    assert candidates.share("good") == Share(2, 3)
+    assert candidates.share("bad") == Share(0, 3)
+    assert candidates.ceiling == Share(2, 3)
+    assert candidates.single.value == pytest.approx(4 / 12) and candidates.single.trials == 3
+
+
+class Fake:
+    """Draws true pictures where token 0 is 1, and of another scene elsewhere; a token's value is its candidate."""
+
+    def __init__(self, captions: list[str], true: torch.Tensor):
+        self.truth, self.model, self.tokenizer, self.text = true, None, self, Text.train(captions, 300, 24)
+        self.pictures = scenes.draw([scenes.scene("val", index) for index in range(len(captions) + 1)], 32)
+        self.known, self.asked = {caption: k for k, caption in enumerate(captions)}, []
+
+    def sample(self, captions, count, seeds, **settings):
+        self.asked.append((list(captions), count, list(seeds), settings))
+        prompts = torch.tensor([self.known[caption] for caption in captions]).repeat_interleave(count)
+        numbers = torch.arange(count).repeat(len(captions))
+        tokens = torch.stack([prompts, numbers], 1)[:, None]  # (B, 1, 2)
+        return Sampled(tokens, -numbers[:, None].float(), None)
+
+    def decode(self, tokens):
+        prompts, numbers = tokens[:, 0].unbind(1)
+        wrong = (prompts + 1) % len(self.pictures)
+        shown = torch.where(self.truth[prompts, numbers], prompts, wrong)
+        return self.pictures[shown].float() / 255
+
+    def scorer(self, name):
+        def score(model, ids, sampled):
+            assert ids.shape == (1, 24) and len(sampled.tokens) == len(sampled.logprobs) == self.truth.shape[1]
+            prompts = sampled.tokens[:, 0, 0]
+            assert (prompts == prompts[0]).all()
+            assert torch.equal(ids, self.text.encode(list(self.known)[int(prompts[0])]))
+            return sampled.logprobs.sum(1) if name == "first" else self.truth[prompts, sampled.tokens[:, 0, 1]].float()
+
+        return score
+
+
+@pytest.mark.parametrize("prompts, count", [(5, 4), (5, 100)])
+def test_draw_and_judge_puts_every_verdict_in_its_place(prompts, count):
+    """With 100 candidates each, the prompts are drawn two at a time."""
+    captions = [scenes.captions("val", index)[0] for index in range(prompts)]
+    assert len(set(captions)) == prompts
+    truth = torch.rand(prompts, count) < 0.4
+    truth[1], truth[2, 0], truth[3, 0] = False, True, False
+    fake, done = Fake(captions, truth), []
+    settings = Settings(temperature=0.7, guidance=2.0)
+    found = draw_and_judge(fake, captions, count, range(50, 50 + prompts), settings, ["first", "oracle"], done.append)
+
+    assert torch.equal(found.exact, truth)
+    assert found.captions == captions and found.images.shape == (prompts, count, 3, 32, 32)
+    for p in range(prompts):
+        for n in range(count):
+            assert (found.reasons[p][n] == "") == bool(truth[p, n])
+    assert torch.equal(found.images[2, 0], fake.pictures[2].float() / 255)
+    assert found.best["first"].tolist() == [0] * prompts
+    assert found.share("first") == Share(int(truth[:, 0].sum()), prompts)
+    assert found.share("oracle") == found.ceiling == Share(int(truth.any(1).sum()), prompts)
+    assert sum(done) == prompts and len(fake.asked) == len(done)
+    assert [seed for _, _, seeds, _ in fake.asked for seed in seeds] == list(range(50, 50 + prompts))
+    assert all(asked[3] == {"temperature": 0.7, "guidance": 2.0} for asked in fake.asked)
+
+
+def test_a_real_pipeline_is_judged_by_what_it_draws_alone(tiny_dalle):
+    pipeline = load(tiny_dalle)
+    captions = [scenes.captions("val", index)[0] for index in range(3)]
+    found = draw_and_judge(pipeline, captions, 2, [7, 8, 9], Settings(), ["none", "contrast"])
+    for p, caption in enumerate(captions):
+        best = pipeline(caption, 2, 1, seed=7 + p)[0]
+        assert int(found.best["contrast"][p]) == best.number
+        shown = (found.images[p, best.number] * 255).round().to(torch.uint8)
+        assert torch.equal(shown, best.image)
+
+
+def test_one_seed_for_each_prompt(tiny_dalle):
+    with pytest.raises(UserError, match="seeds"):
+        draw_and_judge(load(tiny_dalle), ["a red circle"] * 2, 2, [1], Settings(), ["none"])

@@ -1,0 +1,276 @@
+"""One object from caption to ranked pictures: the same again from disk, from any company, and never a wrong pair."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import dalle
+from dalle.model import DALLE
+from dalle.pipeline import KIND, Pipeline, load, save
+from dalle.text import Text
+from dvae import artefact
+from dvae.errors import ArtefactError, UserError
+from dvae.images import to_uint8
+from dvae.model import DVAE
+from dvae.model import load as load_dvae
+
+CAPTION = "a red circle above a small blue square"
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_dalle) -> Pipeline:
+    return load(tiny_dalle)
+
+
+def same(first, second) -> bool:
+    return [(p.number, p.score, p.tokens.tolist(), p.image.tolist()) for p in first] == [
+        (p.number, p.score, p.tokens.tolist(), p.image.tolist()) for p in second
+    ]
+
+
+def test_pictures_are_what_they_say(pipeline):
+    pictures = pipeline(CAPTION, count=6, keep=4, seed=3)
+    assert len(pictures) == 4
+    for picture in pictures:
+        assert picture.image.dtype == torch.uint8 and picture.image.shape == (3, 32, 32)
+        assert picture.tokens.dtype == torch.int64 and picture.tokens.shape == (4, 4)
+        assert (picture.caption, picture.seed) == (CAPTION, 3)
+        assert torch.equal(picture.image, to_uint8(pipeline.tokenizer.decode(picture.tokens[None])[0]))
+        assert picture.pil().size == (32, 32)
+        assert picture.pil().getpixel((5, 9)) == tuple(picture.image[:, 9, 5].tolist())
+    assert len({picture.number for picture in pictures}) == 4
+    assert len({tuple(picture.tokens.flatten().tolist()) for picture in pictures}) == 4
+
+
+@pytest.mark.parametrize("name", ["likelihood", "pmi", "contrast", "none"])
+def test_the_best_are_kept_best_first(pipeline, name):
+    everything = pipeline(CAPTION, count=8, keep=8, rerank=name)
+    scores = [picture.score for picture in everything]
+    assert scores == sorted(scores, reverse=True)
+    if name == "none":
+        assert [picture.number for picture in everything] == list(range(8))
+    else:
+        assert len(set(scores)) == 8
+    kept = pipeline(CAPTION, count=8, keep=3, rerank=name)
+    assert [p.number for p in kept] == [p.number for p in everything[:3]]
+
+
+def test_likelihood_is_the_sum_of_log_probabilities_of_the_plain_model(pipeline):
+    for picture in pipeline(CAPTION, count=3, keep=3, rerank="likelihood", temperature=0.7, top_k=9, guidance=2.0):
+        logits = pipeline.model(pipeline.text.encode(CAPTION), picture.tokens[None]).image[0]
+        expected = logits.log_softmax(-1).gather(1, picture.tokens.flatten()[:, None]).sum()
+        assert picture.score == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_the_same_seed_draws_the_same_pictures_whatever_the_count(pipeline):
+    many = pipeline(CAPTION, count=9, keep=9, seed=5, rerank="none")
+    few = pipeline(CAPTION, count=3, keep=3, seed=5, rerank="none")
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(few, many, strict=False))
+    other = pipeline(CAPTION, count=3, keep=3, seed=6, rerank="none")
+    assert not any(torch.equal(a.tokens, b.tokens) for a, b in zip(few, other, strict=True))
+
+
+def test_what_else_is_drawn_and_earlier_calls_do_not_matter(pipeline):
+    alone = pipeline.sample([CAPTION], 3, 5).tokens
+    torch.rand(10)
+    together = pipeline.sample(["a cross", CAPTION, ""], 3, [1, 5, 2]).tokens
+    assert torch.equal(together[3:6], alone)
+
+
+def test_exact_is_bit_equal_for_any_count(pipeline):
+    many = pipeline(CAPTION, count=11, keep=11, seed=5, rerank="none", exact=True)
+    few = pipeline(CAPTION, count=2, keep=2, seed=5, rerank="none", exact=True)
+    assert same(few, many[:2])
+    logprobs = [pipeline.sample([CAPTION], count, 5, exact=True).logprobs[:2] for count in (2, 11)]
+    assert torch.equal(*logprobs)
+
+
+def test_settings_reach_the_sampler(pipeline):
+    def drawn(**settings):
+        return [p.tokens.tolist() for p in pipeline(CAPTION, count=4, keep=4, rerank="none", **settings)]
+
+    plain = drawn()
+    for setting in ({"temperature": 0.3}, {"top_k": 2}, {"top_p": 0.2}, {"guidance": 9.0}):
+        assert drawn(**setting) != plain
+    greedy = drawn(top_k=1)
+    assert greedy.count(greedy[0]) == 4
+
+
+def test_every_setting_reaches_the_sampler_as_it_is(pipeline, monkeypatch):
+    given = {"temperature": 0.5, "top_k": 7, "top_p": 0.8, "guidance": 3.0, "exact": True, "progress": len}
+    seen = []
+
+    def spy(*args, **settings):
+        seen.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dalle.pipeline.sample", spy)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(CAPTION, 2, 1, 11, **given)
+    assert {name: seen[0][name] for name in given} == given and seen[0]["seeds"] == 11
+
+
+def test_progress_adds_up(pipeline):
+    steps = []
+    pipeline(CAPTION, count=5, keep=1, progress=steps.append)
+    assert sum(steps) == 5 * 16
+
+
+@pytest.mark.parametrize("count, keep", [(4, 0), (4, 5), (4, -1), (0, 0), (-3, -3), (0, 4)])
+def test_keep_is_from_one_to_count(pipeline, count, keep):
+    with pytest.raises(UserError, match="keep"):
+        pipeline(CAPTION, count=count, keep=keep)
+
+
+@pytest.mark.parametrize("rerank", ["clip", "", "Contrast"])
+def test_an_unknown_ranker_is_refused(pipeline, rerank):
+    with pytest.raises(UserError, match="no score named"):
+        pipeline(CAPTION, rerank=rerank)
+
+
+def test_load_gives_back_what_was_saved(tiny_dalle, pipeline):
+    again = dalle.load(str(tiny_dalle))
+    assert same(again(CAPTION, 4, 4, 1), pipeline(CAPTION, 4, 4, 1))
+    assert same(dalle.load(tiny_dalle / "model")(CAPTION, 4, 4, 1), pipeline(CAPTION, 4, 4, 1))
+    assert again.captions == pipeline.captions and len(again.captions) >= 32
+    assert not again.model.training and not any(p.requires_grad for p in again.model.parameters())
+
+
+def test_save_pretrained_and_from_pretrained_undo_each_other(tmp_path, tiny_dalle, pipeline):
+    pipeline.save_pretrained(tmp_path / "hub")
+    assert artefact.digest(tmp_path / "hub") == artefact.digest(tiny_dalle / "model")
+    again = Pipeline.from_pretrained(str(tmp_path / "hub"))
+    assert isinstance(again, Pipeline)
+    assert same(again(CAPTION, 4, 4, 1), pipeline(CAPTION, 4, 4, 1))
+    again.save_pretrained(tmp_path / "once_more")
+    assert artefact.digest(tmp_path / "once_more") == artefact.digest(tiny_dalle / "model")
+    assert artefact.load(tmp_path / "once_more", KIND).about == {"step": 0}
+
+
+def other_dvae(pipeline, **change) -> DVAE:
+    torch.manual_seed(77)
+    return DVAE(replace(pipeline.tokenizer.config, **change))
+
+
+def test_another_dvae_put_in_the_place_of_the_part_is_refused(tmp_path, pipeline):
+    """Of the same shape, whole in itself, and under the name of the old one."""
+    pipeline.save_pretrained(tmp_path)
+    (part,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    for path in part.iterdir():
+        path.unlink()
+    other_dvae(pipeline).save(part)
+    load_dvae(part)
+    with pytest.raises(ArtefactError, match="another part than the one that was saved"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 20}, {"image_size": 64}, {"groups": 3}], ids=str)
+def test_a_dvae_of_other_codes_or_another_grid_is_refused(tmp_path, pipeline, change):
+    """Even where someone writes a whole artefact of both."""
+    other_dvae(pipeline, **change).save(tmp_path / "dvae")
+    save(tmp_path / "dalle", pipeline.model, pipeline.text, pipeline.captions, tmp_path / "dvae", {})
+    with pytest.raises(ArtefactError, match="codes on a .* grid"):
+        load(tmp_path / "dalle")
+
+
+@pytest.mark.parametrize("size, length", [(290, 16), (300, 15)])
+def test_a_vocabulary_of_another_size_is_refused(tmp_path, pipeline, size, length):
+    text = Text.train(pipeline.captions, size, length)
+    dvae = artefact.load(pipeline.source, KIND).parts["dvae"]
+    save(tmp_path, pipeline.model, text, pipeline.captions, dvae, {})
+    with pytest.raises(ArtefactError, match="text ids"):
+        load(tmp_path)
+
+
+def test_a_vocabulary_put_in_the_place_of_the_old_one_is_refused(tmp_path, pipeline):
+    pipeline.save_pretrained(tmp_path)
+    (path,) = tmp_path.glob("text-*.json")
+    path.write_text(path.read_text().replace('"text_length": 16', '"text_length": 61'))
+    with pytest.raises(ArtefactError, match="damaged"):
+        load(tmp_path)
+
+
+def write(folder: Path, pipeline: Pipeline, **change) -> None:
+    """An artefact with valid digests whose content is not what `save` writes."""
+    found = artefact.load(pipeline.source, KIND)
+    given = {"config": found.config, "files": found.files, "parts": found.parts, **change}
+    artefact.save(folder, KIND, given.pop("config"), found.tensors, **given)
+
+
+def test_artefacts_with_something_missing_or_wrong_are_refused(tmp_path, pipeline):
+    found = artefact.load(pipeline.source, KIND)
+    write(tmp_path / "whole", pipeline)
+    load(tmp_path / "whole")
+    wrong = {
+        "part": {"parts": {}},
+        "text": {"files": {"captions": "[]"}},
+        "captions": {"files": {"text": found.files["text"]}},
+        "captions_json": {"files": {**found.files, "captions": "["}},
+        "captions_kind": {"files": {**found.files, "captions": '{"a": 1}'}},
+        "captions_numbers": {"files": {**found.files, "captions": "[1]"}},
+        "text_json": {"files": {**found.files, "text": "{}"}},
+        "unknown": {"config": {**found.config, "novel": 1}},
+        "grid": {"config": {**found.config, "grid": 4}},
+        "width": {"config": {**found.config, "width": 64}},
+        "heads": {"config": {**found.config, "heads": 3}},
+    }
+    for name, change in wrong.items():
+        write(tmp_path / name, pipeline, **change)
+        with pytest.raises(ArtefactError):
+            load(tmp_path / name)
+
+
+def test_stage_one_is_not_a_pipeline(tiny_dvae):
+    with pytest.raises(ArtefactError, match="a dvae artefact"):
+        load(tiny_dvae)
+
+
+def test_without_captions_contrast_is_refused_in_words_and_likelihood_works(tmp_path, pipeline):
+    save(tmp_path, pipeline.model, pipeline.text, [], artefact.load(pipeline.source, KIND).parts["dvae"], {})
+    bare = load(tmp_path)
+    assert len(bare(CAPTION, 2, 1, rerank="likelihood")) == 1
+    with pytest.raises(UserError, match="nothing to rank by contrast"):
+        bare(CAPTION, 2, 1)
+
+
+def test_the_config_on_disk_is_the_models(tiny_dalle, pipeline):
+    manifest = json.loads((tiny_dalle / "model" / "artefact.json").read_text())
+    assert manifest["config"] == json.loads(json.dumps(asdict(pipeline.model.config)))
+    assert isinstance(pipeline.model, DALLE)
+
+
+BLOCK = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("lightning", "pytorch_lightning", "lightning_fabric"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Block())
+"""
+DRAW = """
+import sys
+from dalle.__main__ import main
+code = main(["sample", sys.argv[1], "a red circle", "--count", "2", "--keep", "1", "--out", sys.argv[2]])
+print("lightning" in {name.split(".")[0] for name in sys.modules}, "tokenizers" in sys.modules)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("before", ["", BLOCK], ids=["free", "blocked"])
+def test_drawing_needs_no_lightning(tmp_path, tiny_dalle, before):
+    done = subprocess.run(
+        [sys.executable, "-c", before + DRAW, str(tiny_dalle), str(tmp_path / "out")],
+        capture_output=True, text=True, cwd=Path(dalle.__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False True"
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2

@@ -1,0 +1,222 @@
+"""Prepared folders hold what encoding gives, belong together, and are whole or not there."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from dalle import prepare as room
+from dalle.prepare import MANIFEST, Prepared, prepare, vocab
+from dalle.text import Text
+from dvae import artefact, scenes
+from dvae.data import open_source
+from dvae.errors import ArtefactError, DataError, UserError
+from dvae.model import DVAE, load
+
+
+def listing(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def words(tiny_tokens) -> str:
+    return str(tiny_tokens / "text.json")
+
+
+@pytest.fixture
+def copied(tmp_path, tiny_tokens):
+    """A prepared folder that a test may damage."""
+    return shutil.copytree(tiny_tokens, tmp_path / "copied")
+
+
+def test_tokens_on_disk_are_those_that_encode_gives(tiny_tokens, tiny_dvae):
+    prepared, tokenizer = Prepared(tiny_tokens), load(tiny_dvae)
+    for part, name in ((prepared.train, "scenes:train:64"), (prepared.val, "scenes:val:8")):
+        source = open_source(name, 32)
+        assert len(part) == len(source)
+        expected = tokenizer.encode(source.images(range(len(source))).float() / 255)
+        assert torch.equal(part.tokens(range(len(source))), expected)
+        assert [part.captions(k) for k in range(len(part))] == [list(source.captions(k)) for k in range(len(source))]
+    assert len(prepared.train.tokens(range(64)).unique()) > 8
+
+
+def test_captions_stay_text(tiny_tokens):
+    line = (tiny_tokens / "train" / "captions.jsonl").read_text().splitlines()[3]
+    assert tuple(json.loads(line)) == scenes.captions("train", 3)
+
+
+def test_sizes_are_those_of_both_tokenizers(tiny_tokens, tiny_dvae):
+    prepared = Prepared(tiny_tokens)
+    s = prepared.sizes
+    assert (s.vocab_image, s.grid) == (16, (4, 4))
+    assert (s.vocab_text, s.text_length) == (prepared.text.vocab_size, 16)
+    assert artefact.digest(prepared.dvae) == artefact.digest(tiny_dvae)
+
+
+def test_the_folder_needs_nothing_else(tmp_path, tiny_tokens):
+    moved = shutil.copytree(tiny_tokens, tmp_path / "elsewhere")
+    assert {path.name for path in moved.iterdir()} == {"train", "val", "dvae", "text.json", MANIFEST}
+    assert torch.equal(Prepared(moved).train.tokens([1, 2]), Prepared(tiny_tokens).train.tokens([1, 2]))
+
+
+def test_batches_do_not_matter(tmp_path, tiny_tokens, tiny_dvae, words):
+    prepare("scenes:train:64", str(tiny_dvae), words, str(tmp_path), val="scenes:val:8", batch=7)
+    assert listing(tmp_path) == listing(tiny_tokens)
+
+
+def test_without_val_a_share_is_set_aside(tmp_path, tiny_dvae, words):
+    prepare("scenes:train:64", str(tiny_dvae), words, str(tmp_path), val_share=0.25)
+    prepared = Prepared(tmp_path)
+    sides = [[tuple(part.captions(k)) for k in range(len(part))] for part in (prepared.train, prepared.val)]
+    assert 5 <= len(sides[1]) <= 30
+    assert sorted(sides[0] + sides[1]) == sorted(scenes.captions("train", index) for index in range(64))
+
+
+def test_captions_that_will_be_cut_are_counted(tmp_path, tiny_dvae, words, capsys):
+    captions = [caption for index in range(64) for caption in scenes.captions("train", index)]
+    lengths = Text.from_file(words).lengths(captions)
+    length = int(lengths.median())
+    long = int((lengths > length).sum())
+    assert 0 < long < len(captions)
+    prepare("scenes:train:64", str(tiny_dvae), words, str(tmp_path), val="scenes:val:8", length=length)
+    out = capsys.readouterr().out
+    assert f"{long} of {len(captions)} captions are longer than {length} ids" in out
+    assert "train: 64 listed, 64 used, 0 skipped" in out
+    assert Prepared(tmp_path).sizes.text_length == length
+
+
+@pytest.mark.parametrize("calls", [1, 2, 4])
+def test_an_interrupted_call_leaves_nothing_that_loads_and_the_next_one_succeeds(
+    tmp_path, monkeypatch, tiny_tokens, tiny_dvae, words, calls
+):
+    """The interruption comes at the first batch, in the middle of train, and in the middle of val."""
+    out, left, encode = tmp_path / "out", [calls], DVAE.encode
+
+    def interrupted(self, images):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return encode(self, images)
+
+    arguments = ("scenes:train:64", str(tiny_dvae), words, str(out), "scenes:val:8")
+    with monkeypatch.context() as patched:
+        patched.setattr(DVAE, "encode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(*arguments, batch=24)
+    with pytest.raises(DataError):
+        Prepared(out)
+    prepare(*arguments)
+    assert listing(out) == listing(tiny_tokens)
+
+
+def test_an_interruption_before_the_manifest_leaves_nothing_that_loads(tmp_path, monkeypatch, tiny_dvae, words):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "describe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("scenes:train:64", str(tiny_dvae), words, str(tmp_path), val="scenes:val:8")
+    with pytest.raises(DataError, match="no prepared tokens"):
+        Prepared(tmp_path)
+
+
+def test_a_finished_folder_is_not_overwritten(copied, tiny_dvae, words):
+    before = listing(copied)
+    with pytest.raises(UserError, match="not empty"):
+        prepare("scenes:train:64", str(tiny_dvae), words, str(copied))
+    assert listing(copied) == before
+
+
+@pytest.mark.parametrize("inside", ["train/picture.png", "val/picture.png", "dvae/model/artefact.json", "notes.txt"])
+def test_a_folder_with_anything_of_the_users_is_left_alone(tmp_path, tiny_dvae, words, inside):
+    """A data set has a train/ too, and a run folder a dvae/."""
+    path = tmp_path / inside
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("precious")
+    with pytest.raises(UserError, match="not empty"):
+        prepare("scenes:train:64", str(tiny_dvae), words, str(tmp_path))
+    assert listing(tmp_path) == {inside: b"precious"}
+
+
+def test_the_tokenizer_that_is_kept_is_the_one_that_encoded(tmp_path, monkeypatch, tiny_dvae, words):
+    """A training of stage 1 that goes on replaces its model/ while the pictures are being encoded."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_dvae, run / "model")
+    encode, model = DVAE.encode, load(tiny_dvae)
+
+    def replaced_meanwhile(self, images):
+        DVAE(model.config).save(run / "model")
+        return encode(self, images)
+
+    monkeypatch.setattr(DVAE, "encode", replaced_meanwhile)
+    prepare("scenes:train:64", str(run), words, str(tmp_path / "out"), val="scenes:val:8")
+    prepared = Prepared(tmp_path / "out")
+    assert artefact.digest(run / "model") != artefact.digest(tiny_dvae) == artefact.digest(prepared.dvae)
+    images = open_source("scenes:train:64", 32).images(range(64)).float() / 255
+    assert torch.equal(prepared.train.tokens(range(64)), encode(load(prepared.dvae), images))
+
+
+def test_wrong_inputs_leave_no_folder(tmp_path, tiny_dvae, words):
+    out = tmp_path / "out"
+    for kind, change in (
+        (DataError, {"data": "/nowhere/at/all"}),
+        (DataError, {"val": "scenes:nosuch"}),
+        (ArtefactError, {"dvae": str(tmp_path)}),
+        (ArtefactError, {"text": str(tmp_path / "text.json")}),
+        (UserError, {"batch": 0}),
+    ):
+        given = {"data": "scenes:train:64", "dvae": str(tiny_dvae), "text": words, "out": str(out), **change}
+        with pytest.raises(kind):
+            prepare(**given)
+        assert not out.exists()
+
+
+@pytest.mark.parametrize("vocab_size", [16, 17])
+def test_a_foreign_tokenizer_is_refused_also_one_of_the_same_shape(copied, tiny_dvae, vocab_size):
+    from dataclasses import replace
+
+    torch.manual_seed(99)
+    shutil.rmtree(copied / "dvae")
+    DVAE(replace(load(tiny_dvae).config, vocab_size=vocab_size)).save(copied / "dvae")
+    with pytest.raises(ArtefactError, match="not the one that made these tokens"):
+        Prepared(copied)
+
+
+def test_a_foreign_vocabulary_is_refused(copied):
+    text = Text.train(["other words entirely"], 300, 16)
+    (copied / "text.json").write_text(text.to_json())
+    with pytest.raises(ArtefactError, match="vocabulary"):
+        Prepared(copied)
+
+
+@pytest.mark.parametrize(
+    "gone, kind",
+    [
+        (MANIFEST, DataError), ("text.json", ArtefactError), ("dvae", ArtefactError),
+        ("dvae/artefact.json", ArtefactError), ("train", DataError), ("val/tokens.json", DataError),
+    ],
+)  # fmt: skip
+def test_a_missing_piece_is_refused(copied, gone, kind):
+    path = copied / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(kind):
+        Prepared(copied)
+
+
+def test_a_broken_manifest_is_refused(copied):
+    for content in ("", "{", "[]", "null", '{"sizes": {}}', '{"sizes": {"grid": 4}, "dvae": "", "text": ""}'):
+        (copied / MANIFEST).write_text(content)
+        with pytest.raises(DataError):
+            Prepared(copied)
+
+
+def test_vocab_learns_from_the_captions_and_says_how_long_they_are(tmp_path, capsys):
+    vocab("scenes:train:64", str(tmp_path / "text.json"), size=280, length=7)
+    text = Text.from_file(tmp_path / "text.json")
+    captions = [caption for index in range(64) for caption in scenes.captions("train", index)]
+    lengths = text.lengths(captions)
+    assert (text.vocab_size, text.text_length) == (280, 7)
+    out = capsys.readouterr().out
+    assert f"{len(captions)} captions, 280 ids; longest {lengths.max()} of 7 ids" in out
+    assert f"{int((lengths > 7).sum())} will be cut" in out and (lengths > 7).any()

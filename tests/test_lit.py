@@ -1,0 +1,508 @@
+"""What both trainers promise: checkpoints, metrics, the run folder, refusals, stops, and what each error leaves behind.
+
+That a killed run ends where an uninterrupted one does is test_resume.py's matter.
+"""
+
+import copy
+import csv
+import io
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import dalle.__main__
+import dvae.__main__
+import dvae.train
+from dalle.train import LitDALLE
+from dvae import artefact, lit
+from dvae.errors import ArtefactError, UserError
+from dvae.images import to_uint8
+from dvae.model import Encoder
+from dvae.model import load as load_dvae
+from dvae.schedules import Schedule
+from dvae.train import LitDVAE
+
+MAIN = {"dvae": dvae.__main__.main, "dalle": dalle.__main__.main}
+MODULE = {"dvae": LitDVAE, "dalle": LitDALLE}
+OPTIMISER = {"learning_rate": {"start": 2e-3, "end": 1e-3, "steps": 4, "warmup": 2}, "ema": 0.5}
+MODEL = {
+    "dvae": {
+        "config": {
+            **{"image_size": 32, "vocab_size": 16, "hidden": 8, "groups": 2, "blocks": 1, "bottleneck": 2},
+            **{"code_width": 8, "kernel": 6, "patch": 4},
+        },
+        "optimiser": OPTIMISER,
+        "temperature": {"start": 1.0},
+        "kl_weight": {"start": 0.0},
+        "checkpoint_every": 100,
+    },
+    "dalle": {"depth": 1, "width": 32, "heads": 2, "optimiser": OPTIMISER, "prompts": 1, "checkpoint_every": 100},
+}
+TRAINER = {"max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1, "gradient_clip_val": 1.0}
+STAGES = pytest.mark.parametrize("stage", MAIN)
+
+
+class Run:
+    """One experiment in a folder of its own; calling it gives the exit code and what was said on stderr."""
+
+    def __init__(self, stage: str, folder: Path, tokens: Path, capsys: pytest.CaptureFixture):
+        self.stage, self.folder, self.capsys = stage, folder, capsys
+        data = {"dvae": {"source": "scenes:train:24", "val": "scenes:val:8"}, "dalle": {"tokens": str(tokens)}}
+        self.config = {
+            "run": str(folder),
+            "model": copy.deepcopy(MODEL[stage]),
+            "data": {**data[stage], "batch_size": 4},
+            "trainer": {**TRAINER, "accelerator": "cpu", "enable_progress_bar": False},
+        }
+        self.yaml = folder.parent / f"{folder.name}.yaml"
+
+    def __call__(self, *args: str, command: str = "fit") -> tuple[int, str]:
+        self.yaml.write_text(yaml.safe_dump(self.config))
+        code = MAIN[self.stage]([command, "--config", str(self.yaml), *args])
+        return code, self.capsys.readouterr().err
+
+    def checkpoint(self, name: str = "last") -> dict:
+        return lit.SafeCheckpoints().load_checkpoint(self.folder / "checkpoints" / f"{name}.ckpt")
+
+    def metrics(self) -> list[dict[str, str]]:
+        return list(csv.DictReader(io.StringIO((self.folder / "metrics.csv").read_text())))
+
+
+@pytest.fixture
+def new(tmp_path, tiny_tokens, capsys):
+    """new(stage, name): an experiment that was not run yet."""
+    return lambda stage, name="run": Run(stage, tmp_path / name, tiny_tokens, capsys)
+
+
+def equal(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_checkpoint_notices_every_changed_bit_and_every_cut(tmp_path):
+    path, writer = tmp_path / "a.ckpt", lit.SafeCheckpoints()
+    state = {"weights": torch.arange(6.0), "step": 3, "name": "x"}
+    writer.save_checkpoint(state, path)
+    loaded = writer.load_checkpoint(path)
+    assert torch.equal(loaded["weights"], state["weights"]) and (loaded["step"], loaded["name"]) == (3, "x")
+    assert torch.equal(torch.load(path, weights_only=True)["weights"], state["weights"]), "an ordinary torch file"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+
+    whole = path.read_bytes()
+    chance = random.Random(0)
+    # every bit of the digest and its length, and some elsewhere
+    bits = [*range(8 * (len(whole) - 66), 8 * len(whole)), *chance.sample(range(8 * len(whole)), 400)]
+    for bit in bits:
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ArtefactError, match=r"a\.ckpt is damaged"):
+            writer.load_checkpoint(path)
+    for length in [0, 1, 65, 66, 67, *chance.sample(range(len(whole)), 60), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ArtefactError, match="is damaged"):
+            writer.load_checkpoint(path)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(ArtefactError, match="is damaged"):
+        writer.load_checkpoint(path)
+    with pytest.raises(ArtefactError, match="there is no checkpoint"):
+        writer.load_checkpoint(tmp_path / "b.ckpt")
+
+
+def test_checkpoint_runs_no_code(tmp_path):
+    # even one whose digest is right, and even when Lightning asks for everything to be unpickled
+    class Bad:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    lit.SafeCheckpoints().save_checkpoint({"bad": Bad()}, tmp_path / "bad.ckpt")
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        lit.SafeCheckpoints().load_checkpoint(tmp_path / "bad.ckpt", weights_only=False)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_checkpoint_that_cannot_be_written_keeps_the_old_one(tmp_path, monkeypatch):
+    path, writer = tmp_path / "a.ckpt", lit.SafeCheckpoints()
+    writer.save_checkpoint({"step": 1}, path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        writer.save_checkpoint({"step": 2}, path)
+    assert writer.load_checkpoint(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+# ----------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_are_appended_and_forgotten_beyond_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.csv"
+
+    def read() -> list[dict[str, str]]:
+        return list(csv.DictReader(io.StringIO(path.read_text())))
+
+    log = lit.MetricsFile(path, None)
+    for step in (1, 2, 9, 12):
+        log.log_metrics({"loss": step / 2}, step)
+    assert read() == [{"step": str(s), "loss": f"{s / 2:g}"} for s in (1, 2, 9, 12)]
+    log.log_metrics({"val": 7.0}, 12)  # a new column, and more about the same step
+    assert read()[-1] == {"step": "12", "loss": "6", "val": "7"} and read()[0]["val"] == ""
+    whole = path.read_bytes()
+
+    path.write_bytes(whole + b"1")  # half of a row for step 13
+    again = lit.MetricsFile(path, 9)
+    assert [row["step"] for row in read()] == ["1", "2", "9"]
+    again.log_metrics({"loss": 6.0}, 12)
+    again.log_metrics({"val": 7.0}, 12)
+    assert path.read_bytes() == whole, "the same numbers again give the same file"
+
+    lit.MetricsFile(path, None)
+    assert read() == [], "a run from the start forgets everything"
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+
+@STAGES
+def test_a_run_from_begin_to_end(stage, new):
+    run = new(stage)
+    assert run("--ckpt_path", "last")[0] == 0, "a last checkpoint that is not there yet means to begin"
+    there = {str(p.relative_to(run.folder)) for p in run.folder.rglob("*") if p.is_file()}
+    assert {"config.yaml", "metrics.csv", "checkpoints/last.ckpt", "checkpoints/best.ckpt"} <= there
+    assert "model/artefact.json" in there and any(name.startswith("samples/") for name in there)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    rows = run.metrics()
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert [bool(row["val/loss"]) for row in rows] == [False, True, False, True]
+    rate = Schedule(**OPTIMISER["learning_rate"])
+    assert [row["train/learning_rate"] for row in rows] == [f"{rate(step):.6g}" for step in range(4)]
+
+    # the artefact holds the averaged weights of the best validation
+    last, best = run.checkpoint(), run.checkpoint("best")
+    lowest = min(rows, key=lambda row: float(row["val/loss"] or "inf"))
+    assert best["global_step"] == int(lowest["step"]) and last["global_step"] == 4
+    assert not equal(best["state_dict"], best["current_model_state"])
+    kept = artefact.load(run.folder / "model", stage).tensors
+    assert equal({f"model.{name}": value for name, value in kept.items()}, best["state_dict"])
+
+    # validating and testing give the numbers of the validation that the checkpoint was saved in
+    for command, loss in (("validate", "val/loss"), ("test", "test/loss")):
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lit, "record", lambda trainer, metrics, seen=seen: seen.append(metrics))
+            before = (run.folder / "metrics.csv").read_bytes()
+            assert run("--ckpt_path", "best", command=command)[0] == 0
+        assert f"{seen[0][loss]:.6g}" == lowest["val/loss"]
+        assert (run.folder / "metrics.csv").read_bytes() == before
+
+    # a finished run has nothing to do
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    assert run("--ckpt_path", "last")[0] == 0
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+    # a used folder is continued or left alone; a run that was made longer is the longer run
+    code, said = run()
+    assert code == 2 and "already holds a run" in said and "--ckpt_path last" in said
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+    longer = new(stage, "longer")
+    run.config["trainer"]["max_steps"] = longer.config["trainer"]["max_steps"] = 6
+    assert run("--ckpt_path", "last")[0] == longer()[0] == 0
+    assert (run.folder / "metrics.csv").read_bytes() == (longer.folder / "metrics.csv").read_bytes()
+    for part in ("state_dict", "current_model_state"):
+        assert equal(run.checkpoint()[part], longer.checkpoint()[part])
+
+    # another experiment is refused with both values; what changes no number is not
+    run.config["model"]["optimiser"]["ema"] = 0.25
+    run.config["data"]["batch_size"] = 3
+    code, said = run("--ckpt_path", "last")
+    assert code == 2 and "model.optimiser.ema: 0.5 there, 0.25 here" in said
+    assert "data.batch_size: 4 there, 3 here" in said
+
+
+def test_the_best_validation_is_remembered(new, monkeypatch):
+    run, losses = new("dvae"), iter([1.0, 3.0, 2.0])
+    real = LitDVAE.validation_metrics
+    monkeypatch.setattr(LitDVAE, "validation_metrics", lambda self: real(self) | {"val/loss": next(losses)})
+    assert run()[0] == 0
+    kept = artefact.digest(run.folder / "model")
+    assert run("--ckpt_path", "last", "--trainer.max_steps", "6")[0] == 0
+    assert next(losses, None) is None
+    assert run.checkpoint("best")["global_step"] == 2 and run.checkpoint()["global_step"] == 6
+    assert artefact.digest(run.folder / "model") == kept
+
+
+@STAGES
+def test_settings_that_change_nothing_may_differ(stage, new):
+    run = new(stage)
+    run.config["trainer"] |= {"max_steps": 2}
+    assert run()[0] == 0
+    run.config["model"]["checkpoint_every"] = 1
+    run.config["run"] = os.path.relpath(run.folder)
+    assert run("--ckpt_path", "last", "--data.workers", "1")[0] == 0
+
+
+def test_damaged_checkpoint_is_refused(new):
+    run = new("dvae")
+    assert run()[0] == 0
+    path = run.folder / "checkpoints" / "last.ckpt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    code, said = run("--ckpt_path", "last")
+    assert code == 4 and "last.ckpt is damaged" in said and "best.ckpt" in said
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "where, what, value, code, words",
+    [
+        ("trainer", "max_steps", 5, 2, "do not end at a validation"),
+        ("trainer", "max_steps", -1, 2, "max_steps is not set"),
+        ("trainer", "val_check_interval", 0.5, 2, "val_check_interval"),
+        ("trainer", "accumulate_grad_batches", 3, 2, "multiple of accumulate_grad_batches"),
+        ("data", "batch_size", 0, 2, "batch_size 0"),
+        ("data", "source", "nowhere/at/all", 3, "nowhere/at/all"),
+        ("data", "colour", "red", 2, "colour"),
+        ("model", "nonsense", 1, 2, "nonsense"),
+        ("trainer", "nonsense", 1, 2, "nonsense"),
+    ],
+)
+def test_wrong_settings_are_refused_and_may_be_mended(where, what, value, code, words, new):
+    run = new("dvae")
+    good = copy.deepcopy(run.config)
+    run.config[where][what] = value
+    found, said = run()
+    assert found == code and words in said and said.startswith("error: ") and "\nhint: " in said, said
+    assert "Traceback" not in said and not (run.folder / "checkpoints").exists()
+    run.config = good
+    run.config["trainer"]["max_steps"] = 2
+    assert run()[0] == 0, "the folder is not spoilt"
+
+
+def test_unknown_top_level_key_and_missing_run(new):
+    run = new("dvae")
+    run.config["modle"] = {"depth": 1}
+    code, said = run()
+    assert code == 2 and "modle" in said
+    del run.config["modle"], run.config["run"]
+    code, said = run()
+    assert code == 2 and "no run folder" in said and "--run" in said
+
+
+def test_configs_are_found_by_path_and_by_shipped_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = lit.find_config("dvae/demo")
+    assert shipped.is_file() and shipped.parts[-2:] == ("dvae", "demo.yaml")
+    assert lit.find_config("configs/dvae/demo.yaml") == lit.find_config("dvae/demo.yaml") == shipped
+    own = tmp_path / "configs" / "dvae" / "demo.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("run: x\n")
+    assert lit.find_config("configs/dvae/demo.yaml").read_text() == "run: x\n", "a file that is there comes first"
+    with pytest.raises(UserError, match="there is no config dvae/dmeo") as error:
+        lit.find_config("dvae/dmeo")
+    assert "dvae/demo" in error.value.hint and "dalle/demo" in error.value.hint
+    found = lit.with_shipped_configs(["fit", "--config", "dvae/demo", "-c", "dvae/demo", "--config=dvae/demo", "x"])
+    assert found == ["fit", "--config", str(shipped), "-c", str(shipped), f"--config={shipped}", "x"]
+
+
+# ----------------------------------------------------------------------------------------------------------- numerics
+
+
+def poison(monkeypatch, stage: str, batch: int, where: str) -> dict[str, torch.Tensor]:
+    """Make the loss or the gradient of a batch not finite; returns a place where the weights before it are put."""
+    real, kept = MODULE[stage].step, {}
+
+    def step(self, data, update, batch_index):
+        loss, numbers = real(self, data, update, batch_index)
+        if batch_index == batch:
+            kept.update({name: value.clone() for name, value in self.state_dict().items()})
+            kept["self"], kept["rows"] = self, data["rows"]
+            if where == "loss":
+                loss = loss * float("nan")
+            else:
+                next(self.model.parameters()).register_hook(lambda gradient: gradient + float("inf"))
+        return loss, numbers
+
+    monkeypatch.setattr(MODULE[stage], "step", step)
+    return kept
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@STAGES
+def test_non_finite_stops_before_the_weights_change(stage, where, new, monkeypatch):
+    run = new(stage)
+    kept = poison(monkeypatch, stage, 3, where)
+    code, said = run()
+    assert code == 6 and f"the {where} of update 3 is" in said
+    rows = ", ".join(str(index) for _, index in kept.pop("rows"))
+    assert rows in said and "weights were not changed" in said
+    assert equal(kept.pop("self").state_dict(), kept)
+    checkpoint = run.checkpoint()
+    assert checkpoint["global_step"] == 2
+    for part in ("state_dict", "current_model_state"):
+        assert all(torch.isfinite(value).all() for value in checkpoint[part].values())
+    assert "nan" not in (run.folder / "metrics.csv").read_text()
+
+
+def test_non_finite_validation_keeps_the_artefact(new, monkeypatch):
+    run, calls = new("dvae"), iter(range(9))
+    real = LitDVAE.validation_metrics
+
+    def metrics(self):
+        return real(self) | ({"val/loss": float("nan")} if next(calls) else {})
+
+    monkeypatch.setattr(LitDVAE, "validation_metrics", metrics)
+    code, said = run()
+    assert code == 6 and "validation loss after update 4 is nan" in said
+    assert run.checkpoint()["global_step"] == 2
+    model = load_dvae(run.folder).state_dict()
+    assert equal({f"model.{name}": value for name, value in model.items()}, run.checkpoint("best")["state_dict"])
+
+
+def test_collapsed_codebook_is_said_with_a_remedy(new, monkeypatch):
+    run = new("dvae")
+    run.config["trainer"]["max_steps"] = 2
+    real = Encoder.forward
+    favour = 100 * torch.eye(16)[3][:, None, None]
+    monkeypatch.setattr(Encoder, "forward", lambda self, x: real(self, x) + favour)
+    code, said = run()
+    assert code == 0 and "only 6.2% of the 16 codes are in use" in said
+    assert "usage_weight" in said and "temperature" in said
+
+
+# -------------------------------------------------------------------------------------------------------------- stops
+
+
+@pytest.mark.parametrize("stage, number", [("dvae", signal.SIGTERM), ("dalle", signal.SIGINT)])
+def test_a_signal_ends_after_the_running_update(stage, number, new, monkeypatch):
+    run, whole = new(stage), new(stage, "whole")
+    assert whole()[0] == 0
+    real, calls = MODULE[stage].training_step, iter(range(99))
+
+    def asking(self, batch, batch_index):
+        if next(calls) == 2:
+            os.kill(os.getpid(), number)
+        return real(self, batch, batch_index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MODULE[stage], "training_step", asking)
+        assert run()[0] == 128 + number
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert run.checkpoint()["global_step"] == 3
+    assert run("--ckpt_path", "last")[0] == 0
+    assert (run.folder / "metrics.csv").read_bytes() == (whole.folder / "metrics.csv").read_bytes()
+    assert equal(run.checkpoint()["current_model_state"], whole.checkpoint()["current_model_state"])
+
+
+@pytest.mark.parametrize("moment", ["twice", "while the data is opened"])
+def test_ctrl_c_at_other_moments(moment, new, monkeypatch):
+    run = new("dvae")
+    owner, name = (dvae.train, "open_source") if moment == "while the data is opened" else (LitDVAE, "training_step")
+    real = getattr(owner, name)
+
+    def interrupted(*args):
+        if moment == "twice" and args[-1] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        if moment == "while the data is opened" or args[-1] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    assert run()[0] == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if moment == "twice":
+        assert run.checkpoint()["global_step"] == 2, "the second one does not wait for a save"
+
+
+# -------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+@STAGES
+def test_init_from_starts_from_an_artefact(stage, new, monkeypatch):
+    first, second = new(stage, "first"), new(stage, "second")
+    first.config["trainer"]["max_steps"] = second.config["trainer"]["max_steps"] = 2
+    assert first()[0] == 0
+    second.config["model"]["init_from"] = str(first.folder)
+    begun = {}
+    real = MODULE[stage].step
+
+    def step(self, batch, update, batch_index):
+        if not begun:
+            begun.update({name: value.clone() for name, value in self.state_dict().items()})
+        return real(self, batch, update, batch_index)
+
+    monkeypatch.setattr(MODULE[stage], "step", step)
+    assert second()[0] == 0
+    assert equal(begun, first.checkpoint("best")["state_dict"]), "the averaged weights of the best validation"
+
+    other = new(stage, "other")
+    other.config["model"]["init_from"] = str(first.folder)
+    if stage == "dvae":
+        other.config["model"]["config"]["hidden"] = 16
+    else:
+        other.config["model"]["width"] = 16
+    code, said = other()
+    assert code == 2 and "another architecture" in said and not other.folder.exists()
+    other.config["model"]["init_from"] = "no/such/run"
+    assert other()[0] == 4
+
+
+# ------------------------------------------------------------------------------------------------------------- extras
+
+
+def test_wandb_gets_numbers_and_uint8_pictures(new, monkeypatch):
+    from lightning.pytorch.loggers import WandbLogger
+
+    numbers, pictures = {}, []
+
+    class Quiet(WandbLogger):  # everything up to the border of wandb itself
+        experiment = None
+
+        def log_metrics(self, metrics, step=None):
+            numbers.setdefault(step, {}).update(metrics)
+
+        def log_image(self, key, images, step=None, **_):
+            pictures.append((key, step, images))
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger", Quiet)
+    monkeypatch.setattr(lit, "WandbLogger", Quiet)
+    run = new("dvae")
+    run.config["trainer"]["max_steps"] = 2
+    run.config["trainer"]["logger"] = {
+        "class_path": "lightning.pytorch.loggers.WandbLogger",
+        "init_args": {"save_dir": str(run.folder)},
+    }
+    assert run()[0] == 0
+    rows = run.metrics()
+    assert numbers.keys() == {1, 2} and f"{numbers[2]['val/loss']:.6g}" == rows[-1]["val/loss"]
+    (key, step, [picture]) = pictures[0]
+    assert (key, step) == ("reconstructions", 2)
+    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3 and picture.max() > 1
+
+
+def test_show_keeps_what_it_is_given(tmp_path):
+    from PIL import Image
+
+    class Trainer:
+        is_global_zero, global_step, default_root_dir, loggers = True, 7, str(tmp_path), ()
+
+    picture = to_uint8(torch.rand(3, 4, 6))
+    lit.show(Trainer(), "x", picture)
+    read = np.asarray(Image.open(tmp_path / "samples" / "x-0000007.png"))
+    assert np.array_equal(read, picture.permute(1, 2, 0).numpy())
