@@ -158,7 +158,6 @@ class LitDALLE(lit.Lit):
         text, image = losses(logits, ids, tokens, batch["keep_text"])
         loss = self.text_weight * text + self.image_weight * image
         accuracy = (logits.image.detach().argmax(-1) == tokens.flatten(1)).float().mean()
-        self.log("loss", loss, prog_bar=True, logger=False)
         return loss, {
             "train/loss": loss.detach(),
             "train/text_loss": text.detach(),

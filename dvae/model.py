@@ -35,6 +35,8 @@ class DVAEConfig:
         blocks: residual blocks per group (the paper: 2).
         bottleneck: channels of a block over channels inside its residual path (the paper: 4).
         code_width: channels that the decoder reads from the codes, the width of the codebook (the paper: 128).
+        tied: codes are points on a sphere that encoder and decoder share, see `Sphere`; the paper has two separate
+            1x1 convolutions instead.
         kernel: size of the encoder's first convolution (the paper: 7).
         patch: stride of the first convolution, undone by the last one (the paper: 1).
         gain: weight of each residual path; null means the paper's 1 / (groups * blocks)**2.
@@ -49,6 +51,7 @@ class DVAEConfig:
     blocks: int = 2
     bottleneck: int = 4
     code_width: int = 128
+    tied: bool = False
     kernel: int = 7
     patch: int = 1
     gain: float | None = None
@@ -120,7 +123,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Mapped images `(B, 3, H, W)` -> logits `(B, K, h, w)`."""
+    """Mapped images `(B, 3, H, W)` -> logits `(B, K, h, w)`, or directions `(B, code_width, h, w)` for a `Sphere`."""
 
     def __init__(self, config: DVAEConfig):
         super().__init__()
@@ -134,7 +137,7 @@ class Encoder(nn.Module):
             if group < config.groups - 1:
                 layers.append(nn.MaxPool2d(2))
         self.body = nn.Sequential(*layers, nn.ReLU())
-        self.output = conv(width, config.vocab_size, 1)
+        self.output = conv(width, config.code_width if config.tied else config.vocab_size, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output(self.body(x))
@@ -143,13 +146,13 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Weights over the codes `(B, K, h, w)` -> the likelihood's raw channels `(B, C, H, W)`.
 
-    The rows of the first 1x1 convolution are the codebook: there is no other.
+    The rows of the first 1x1 convolution are the codebook: there is no other, unless a `Sphere` stands before it.
     """
 
     def __init__(self, config: DVAEConfig, channels: int):
         super().__init__()
         self.patch = config.patch
-        self.input = conv(config.vocab_size, config.code_width, 1)
+        self.input = nn.Identity() if config.tied else conv(config.vocab_size, config.code_width, 1)
         width = config.code_width
         layers: list[nn.Module] = []
         for group in reversed(range(config.groups)):
@@ -166,6 +169,33 @@ class Decoder(nn.Module):
         return rearrange(raw, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
 
 
+class Sphere(nn.Module):
+    """K codes on the unit sphere, read by the encoder and the decoder alike.
+
+    Not in the paper; the idea is that of vector quantisers with normalised, narrow codes. Codes that look alike stand
+    side by side, so what is learned for one serves its neighbours, and few codes are never chosen.
+    """
+
+    def __init__(self, config: DVAEConfig):
+        super().__init__()
+        self.codes = nn.Parameter(F.normalize(torch.randn(config.vocab_size, config.code_width), dim=1))
+        self.log_sharpness = nn.Parameter(torch.tensor(math.log(16.0)))  # how much a cosine of 1 is worth, in logits
+
+    def points(self) -> Tensor:
+        """`(K, code_width)`, each of length 1."""
+        return F.normalize(self.codes, dim=1)
+
+    def logits(self, directions: Tensor) -> Tensor:
+        """`(B, code_width, h, w)` -> cosines with all codes, sharpened: `(B, K, h, w)`."""
+        with torch.autocast(directions.device.type, enabled=False):  # neighbours differ in the third decimal
+            cosines = torch.einsum("bdhw,kd->bkhw", F.normalize(directions.float(), dim=1), self.points())
+            return cosines * self.log_sharpness.exp()
+
+    def mix(self, z: Tensor) -> Tensor:
+        """`(B, K, h, w)` -> `(B, code_width, h, w)`, of about unit variance per channel for a single code."""
+        return torch.einsum("bkhw,kd->bdhw", z, self.points()) * math.sqrt(self.codes.shape[1])
+
+
 class DVAE(nn.Module):
     """The image tokenizer; its face is `encode`, `decode`, `logits`, `decode_soft`, `codes`, `grid`, `vocab_size`."""
 
@@ -177,6 +207,7 @@ class DVAE(nn.Module):
         self.likelihood = likelihood(config.likelihood, config.spread)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config, self.likelihood.channels)
+        self.sphere = Sphere(config) if config.tied else None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -198,7 +229,12 @@ class DVAE(nn.Module):
                 f"images of shape {tuple(images.shape)} do not fit this model",
                 f"it reads (batch, 3, {side}, {side}); dvae.images.square crops and scales a picture",
             )
-        return self.encoder(self.likelihood.inmap(images))
+        output = self.encoder(self.likelihood.inmap(images))
+        return output if self.sphere is None else self.sphere.logits(output)
+
+    def paint(self, z: Tensor) -> Tensor:
+        """Weights over the codes `(B, K, h, w)` -> the likelihood's raw channels `(B, C, H, W)`."""
+        return self.decoder(z if self.sphere is None else self.sphere.mix(z))
 
     def encode(self, images: Tensor) -> Tensor:
         """Images `(B, 3, H, W)` in [0, 1] -> tokens `(B, h, w)` int64, by argmax: no noise (paper, 2.2)."""
@@ -206,15 +242,15 @@ class DVAE(nn.Module):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens `(B, h, w)` -> images `(B, 3, H, W)` in [0, 1]."""
-        return self.decode_soft(F.one_hot(tokens, self.vocab_size).movedim(-1, 1).to(self.decoder.input.weight.dtype))
+        return self.decode_soft(F.one_hot(tokens, self.vocab_size).movedim(-1, 1).to(self.codes().dtype))
 
     def decode_soft(self, probabilities: Tensor) -> Tensor:
         """Weights over the codes `(B, K, h, w)`, each cell summing to one -> images `(B, 3, H, W)` in [0, 1]."""
-        return self.likelihood.picture(self.decoder(probabilities))
+        return self.likelihood.picture(self.paint(probabilities))
 
     def codes(self) -> Tensor:
-        """The codebook `(K, code_width)`: what the decoder's first convolution makes of each code."""
-        return self.decoder.input.weight[:, :, 0, 0].t()
+        """The codebook `(K, code_width)`: what the decoder's first convolution makes of each code, or its points."""
+        return self.decoder.input.weight[:, :, 0, 0].t() if self.sphere is None else self.sphere.points()
 
     def forward(
         self, images: Tensor, temperature: float, generator: torch.Generator, straight_through: bool = False
@@ -226,7 +262,7 @@ class DVAE(nn.Module):
         """
         logits = self.logits(images)
         quantized = gumbel_softmax(logits, temperature, generator, straight_through)
-        return self.decoder(quantized.z), logits, quantized
+        return self.paint(quantized.z), logits, quantized
 
     def save(self, folder: str | Path, about: dict | None = None) -> str:
         """Write the artefact to `folder`, replacing an older one atomically; returns its digest."""

@@ -146,7 +146,6 @@ class LitDVAE(lit.Lit):
         gap = usage_gap(logits)
         loss = nll + beta * kl / images[0].numel() + weight * gap
         cells = quantized.tokens[0].numel()
-        self.log("loss", loss, prog_bar=True, logger=False)
         return loss, {
             "train/loss": loss.detach(),
             "train/nll": nll.detach(),
@@ -168,7 +167,7 @@ class LitDVAE(lit.Lit):
         noise = seeds.generator("validation", batch_index)  # the same in every validation, so that values compare
         temperature = self.temperature(self.trainer.global_step)
         relaxed, logits, quantized = model(images, temperature, noise)
-        hard = model.decoder(torch.zeros_like(logits).scatter_(1, quantized.tokens[:, None], 1.0))
+        hard = model.paint(torch.zeros_like(logits).scatter_(1, quantized.tokens[:, None], 1.0))
         error = (model.likelihood.picture(hard) - images).square().mean((1, 2, 3))
         self.seen["pictures"] += len(images)
         self.seen["nll"] += model.likelihood.nll(hard, images).mean((1, 2, 3)).sum().item()

@@ -35,9 +35,9 @@ from dvae.scenes import (
 COUNT = 600
 PARTS = [f"{which} {part}" for which in ("first", "second") for part in ("colour", "shape", "size")]
 FRESH = 5_000_000  # indices that nobody trains on
-GOLDEN_SCENE = ("below", "brown", ("green", "square", "small"), ("cyan", "cross", "large"))
-GOLDEN_PLACES = [10.4579, 25.682, 4.1647, 9.9228, 9.9273, 6.6508]
-GOLDEN_CAPTION = "the large cyan cross above the small green square against brown"
+GOLDEN_SCENE = ("below", "brown", ("green", "square", "small"), ("cyan", "crown", "large"))
+GOLDEN_PLACES = [23.7544, 23.8662, 4.1647, 23.4541, 8.3337, 6.6508]
+GOLDEN_CAPTION = "the large cyan crown above the small green square against brown"
 
 
 def fresh(count, start=FRESH):
@@ -127,11 +127,11 @@ def test_exactly_one_relation_holds_by_a_clear_margin():
         for t in s.things:
             low, high = SIZES[t.size]
             assert low <= t.radius <= high
-            assert 1 + t.radius - 1e-9 <= min(t.x, t.y) and max(t.x, t.y) <= 31 - t.radius + 1e-9
+            assert 0.5 + t.radius <= min(t.x, t.y) and max(t.x, t.y) <= 31.5 - t.radius
         along = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[s.relation]
         across = abs(a.y - b.y) if s.relation in ("left of", "right of") else abs(a.x - b.x)
-        assert 2 - 1e-9 <= along - a.radius - b.radius <= 5 + 1e-9
-        assert across <= 3
+        assert along - a.radius - b.radius >= 1
+        assert across <= 1.5 and along >= 14.5
 
 
 # ------------------------------------------------------------------------------------------------------- drawing
@@ -139,15 +139,21 @@ def test_exactly_one_relation_holds_by_a_clear_margin():
 
 def inside(shape, x, y, r):
     """The shapes once more, as sets of points."""
-    square = (abs(x) <= 0.93 * r) & (abs(y) <= 0.93 * r)
-    wide, tall = (abs(x) <= r) & (abs(y) <= 0.32 * r), (abs(y) <= r) & (abs(x) <= 0.32 * r)
-    return {
-        "circle": x**2 + y**2 <= r**2,
-        "square": square,
-        "triangle": (y <= r) & (y >= 2 * abs(x) - r),
-        "cross": wide | tall,
-        "ring": (x**2 + y**2 <= r**2) & (x**2 + y**2 >= (r / 2) ** 2),
+    block = (abs(x) <= r) & (abs(y) <= r)
+    halves = {
+        "round": x**2 + y**2 <= r**2,
+        "block": block,
+        "stem": block & (abs(x) <= 0.36 * r),
+        "prongs": block & ((abs(x) >= 0.45 * r) | (y >= -0.3 * r)),
+    }
+    upper, lower = {
+        "circle": ("round", "round"),
+        "square": ("block", "block"),
+        "mushroom": ("round", "stem"),
+        "crown": ("prongs", "block"),
+        "fork": ("prongs", "stem"),
     }[shape]
+    return np.where(y < 0, halves[upper], halves[lower])
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -160,7 +166,7 @@ def test_drawing_is_the_mean_over_each_pixel(many, size):
             expected[inside(t.shape, grid[None, :] - t.x, grid[:, None] - t.y, t.radius)] = COLOURS[t.colour]
         expected = expected.reshape(size, 16, size, 16, 3).mean((1, 3)).transpose(2, 0, 1)
         error = np.abs(draw([s], size)[0].numpy() / 255 - expected)
-        assert error.mean() < 0.003 and error.max() < 0.2  # a corner's distance is not quite its coverage
+        assert error.mean() < 0.006 and error.max() < 0.4  # a corner's distance is not quite its coverage
 
 
 def test_drawing_does_not_depend_on_the_company(many):
@@ -211,7 +217,7 @@ def test_captions_are_functions_of_their_arguments():
     assert len({caption(s, np.random.default_rng(i)) for i in range(50)}) > 25
 
 
-CIRCLE, RING = Described(None, "circle", None), Described(None, "ring", None)
+CIRCLE, CROWN = Described(None, "circle", None), Described(None, "crown", None)
 RED, BLUE = Described("red", "circle", None), Described("blue", "square", "small")
 
 
@@ -223,10 +229,10 @@ RED, BLUE = Described("red", "circle", None), Described("blue", "square", "small
         ("red disk is underneath the little blue square against gray", Claim(RED, BLUE, "below", "grey")),
         ("To the left of a small blue square, there is a red circle", Claim(RED, BLUE, "left of", None)),
         ("right of one small blue square is a red circle on beige", Claim(RED, BLUE, "right of", "sand")),
-        ("a circle on the left of a ring", Claim(CIRCLE, RING, "left of", None)),
+        ("a circle on the left of a crown", Claim(CIRCLE, CROWN, "left of", None)),
         (
-            "huge violet hoop to the right of turquoise plus on the brown background",
-            Claim(Described("purple", "ring", "large"), Described("cyan", "cross", None), "right of", "brown"),
+            "huge violet toadstool to the right of turquoise box on the brown background",
+            Claim(Described("purple", "mushroom", "large"), Described("cyan", "square", None), "right of", "brown"),
         ),
     ],
 )
@@ -244,7 +250,7 @@ def test_parse_understands_how_people_type(text, claim):
         "a red circle near a blue square",
         "a pink circle above a blue square",
         "a red above a blue square",
-        "a red circle above a blue square above a green ring",
+        "a red circle above a blue square above a green crown",
         "a red circle above a blue square on a green background",
         "aredcircle above a blue square",
     ],
@@ -301,12 +307,27 @@ def test_a_caption_with_one_attribute_changed_is_refused(part, many, pictures):
     assert sum(one.attributes.values()) >= 6 and " is " in one.reason
 
 
+@pytest.mark.parametrize("sigma", [None, 0.7, 1.0])
+def test_no_shape_passes_for_another_even_when_blurred(sigma, many):
+    pictures, others = draw(many).float() / 255, {shape: [] for shape in SHAPES}
+    for i, s in enumerate(many):
+        for shape in SHAPES.keys() - {t.shape for t in s.things}:  # a shape that is nowhere in the picture
+            lie = dataclasses.replace(s, things=(dataclasses.replace(s.things[0], shape=shape), s.things[1]))
+            others[shape].append((i, in_full(lie)))
+    if sigma is not None:
+        pictures = blur(pictures, sigma)
+    for lies in others.values():
+        rows, said = zip(*lies, strict=True)
+        verdicts = judge(pictures[list(rows)], said)
+        assert len(lies) > COUNT / 2 and not any(v.attributes["first shape"] for v in verdicts)
+
+
 def test_what_a_caption_leaves_out_is_not_judged():
-    things = Thing("red", "circle", "small", 8, 10, 4), Thing("blue", "ring", "large", 22, 11, 6.4)
+    things = Thing("red", "circle", "small", 8, 10, 4), Thing("blue", "crown", "large", 22, 11, 6.4)
     s = Scene(things, "left of", "sand")
-    (verdict,) = judge(draw([s]), ["a circle left of a blue ring"])
+    (verdict,) = judge(draw([s]), ["a circle left of a blue crown"])
     assert verdict == ({part: True for part in ("first shape", "second colour", "second shape", "relation")}, True, "")
-    (verdict,) = judge(draw([s]), ["a large ring is above a green circle against grey"])
+    (verdict,) = judge(draw([s]), ["a large crown is above a green circle against grey"])
     assert not verdict.exact and verdict.attributes == {
         "first shape": True,
         "first size": True,
@@ -416,7 +437,7 @@ def test_a_third_thing_is_refused(radius, many, texts, pictures):
 
 def test_specks_are_no_things(many, texts, pictures):
     kept, tiny = with_third(many, pictures, 0.8)
-    assert rate(tiny, [texts[i] for i in kept]) >= 0.995
+    assert rate(tiny, [texts[i] for i in kept]) >= 0.985
 
     def faint(s, thing):
         return tuple(0.75 * b + 0.25 * c for b, c in zip(BACKGROUNDS[s.background], COLOURS[thing.colour], strict=True))
@@ -483,7 +504,7 @@ def test_what_a_decoder_does_to_a_picture_is_forgiven(kind, many, texts):
     noise = torch.randn(pictures.shape, generator=generator)
     sign = torch.randn(COUNT, 3, 1, 1, generator=generator).sign()
     worse = {
-        "blur": lambda: blur(pictures, 1.0),
+        "blur": lambda: blur(pictures, 1.1),
         "noise": lambda: pictures + 0.07 * noise,
         "shift": lambda: pictures + 0.09 * sign,
         "contrast": lambda: 0.5 + 0.8 * (pictures - 0.5),
