@@ -87,7 +87,7 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     guidance: float = 1.0,
-    rerank: str = "contrast",
+    rerank: str = "half-pmi",
     seed: int = 0,
     exact: bool = False,
     out: str = "samples",
@@ -104,7 +104,7 @@ def sample(
         top_k: draw from the k most likely codes only.
         top_p: draw from the most likely codes that together have this probability.
         guidance: scale of classifier-free guidance; 1 is none.
-        rerank: likelihood, pmi, contrast or none.
+        rerank: likelihood, pmi, half-pmi, contrast or none.
         seed: the same seed draws the same pictures.
         exact: bit-equal pictures whatever is drawn beside them; slower.
         out: folder for the pictures, a labelled grid and a JSON of how they were made.
@@ -134,7 +134,7 @@ COMMANDS = {"vocab": vocab, "prepare": prepare, "sample": sample, "demo": demo}
 
 def main(args: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
-    return dispatch("dalle", HELP, COMMANDS, fit, args, optional={"sample": ["prompt"]})
+    return dispatch("dalle", HELP, COMMANDS, fit, args, optional={"sample": {"prompt": "what to draw"}})
 
 
 if __name__ == "__main__":

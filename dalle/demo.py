@@ -29,10 +29,11 @@ from dvae.images import save, to_uint8
 
 CANDIDATES = 16
 REPORTED = 400  # captions of each kind
-CHOSEN_ON = 200  # further captions, for guidance, temperature and ranker
-RANKERS = ("likelihood", "pmi", "contrast")
-TRIED = tuple(Settings(temperature, guidance) for temperature, guidance in product((1.0, 0.7), (1.0, 2.0)))
-FIRST_REPORTED, FIRST_CHOSEN_ON = 1000, 500  # indices in scenes:val; the first 500 validate the trainings
+CHOSEN_ON = 200  # further captions, half of each kind, for guidance, temperature and ranker
+RANKERS = ("likelihood", "pmi", "half-pmi", "contrast")
+TRIED = tuple(Settings(temperature, guidance) for temperature, guidance in product((0.5, 0.7), (1.5, 2.5)))
+TRIED_CANDIDATES = 8  # enough to choose by, at half the cost
+FIRST_REPORTED, FIRST_CHOSEN_ON = 1000, 500  # indices in each split; the first 500 of val validate the trainings
 
 
 def demo(out: str, seed: int, quick: bool) -> None:
@@ -68,7 +69,7 @@ def train(folder: Path, seed: int, quick: bool, clock: dict[str, float]) -> None
         train_tokenizer(["fit", "--config", "dvae/demo", "--run", str(folder / "dvae"), *source, *common])
     print("2/4 pictures to tokens")
     with timed(clock, "tokens"):
-        vocab(f"scenes:train:{count}", str(words), size=512, length=20)
+        vocab(f"scenes:train:{count}", str(words), size=512, length=18)
         prepare(f"scenes:train:{count}", str(folder / "dvae"), str(words), str(tokens), val="scenes:val:500")
     print("3/4 training the transformer")
     with timed(clock, "stage 2"):
@@ -81,30 +82,35 @@ def measure(folder: Path, seed: int, quick: bool, clock: dict[str, float]) -> di
     drawer = pipeline.load(folder / "dalle")
     reported, chosen_on = (16, 8) if quick else (REPORTED, CHOSEN_ON)
 
-    def draw(split: str, first: int, count: int, settings: Settings) -> Candidates:
+    def draw(split: str, first: int, count: int, candidates: int, settings: Settings) -> Candidates:
         captions = [scenes.captions(split, index)[0] for index in range(first, first + count)]
         seeds = [seed * 1_000_000 + index for index in range(first, first + count)]
         with tqdm(total=count, desc=f"drawing {split}", unit="prompt", leave=False) as bar:
-            return draw_and_judge(drawer, captions, CANDIDATES, seeds, settings, RANKERS, bar.update)
+            return draw_and_judge(drawer, captions, candidates, seeds, settings, RANKERS, bar.update)
 
     with timed(clock, "reconstructions"):
         known = reconstructions(drawer, "val", reported)
         unknown = reconstructions(drawer, "heldout", reported)
     with timed(clock, "choosing"):
-        tried = [(settings, draw("val", FIRST_CHOSEN_ON, chosen_on, settings)) for settings in TRIED]
-        options = [
-            (candidates.share(ranker).value, settings, ranker) for settings, candidates in tried for ranker in RANKERS
-        ]
-        _, settings, ranker = max(options, key=lambda option: option[0])
+        options = []
+        for settings in TRIED:
+            both = [draw(s, FIRST_CHOSEN_ON, chosen_on // 2, TRIED_CANDIDATES, settings) for s in ("val", "heldout")]
+            for ranker in RANKERS:
+                known_share, unknown_share = (candidates.share(ranker).value for candidates in both)
+                options.append((known_share + unknown_share, settings, ranker, known_share, unknown_share))
+        _, settings, ranker, *_ = max(options, key=lambda option: option[0])
     with timed(clock, "judging"):
         results = {
-            "seen": draw("val", FIRST_REPORTED, reported, settings),
-            "held-out": draw("heldout", 0, reported, settings),
+            "seen": draw("val", FIRST_REPORTED, reported, CANDIDATES, settings),
+            "held-out": draw("heldout", FIRST_REPORTED, reported, CANDIDATES, settings),
         }
     picture(folder / "samples.png", results, ranker)
     return {
         "chosen": {**asdict(settings), "ranker": ranker},
-        "tried": [{**asdict(s), "ranker": name, "exact": value} for value, s, name in options],
+        "tried": [
+            {**asdict(tried), "ranker": name, "seen": known_share, "held-out": unknown_share}
+            for _, tried, name, known_share, unknown_share in options
+        ],
         "reconstructions": {"seen": known.json(), "held-out": unknown.json()},
         "codebook": codes(folder),
         "captions": {name: exactness(candidates) for name, candidates in results.items()},
@@ -159,8 +165,7 @@ def picture(path: Path, results: dict[str, Candidates], ranker: str) -> None:
             labels = []
             for k in range(CANDIDATES):
                 true, chosen = bool(candidates.exact[prompt, k]), k == int(candidates.best[ranker][prompt])
-                word = "true" if true else "false"
-                labels.append(Label(f"{word}, chosen" if chosen else word, GOOD if true else BAD, framed=chosen))
+                labels.append(Label("true" if true else "false", GOOD if true else BAD, framed=chosen))
             rows.append((f"{name}: {candidates.captions[prompt]}", to_uint8(candidates.images[prompt]), labels))
     save(sheet(rows, side=64, title=f"the candidate chosen by {ranker} is framed; green: shows its caption"), path)
 

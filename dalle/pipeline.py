@@ -79,7 +79,7 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: float = 1.0,
-        rerank: str = "contrast",
+        rerank: str = "half-pmi",
         exact: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> list[Picture]:

@@ -8,6 +8,7 @@ ids, the tokens and at most a sample of captions that the trained artefact carri
 | none       | 0                                        | keeps the order of drawing                               |
 | likelihood | ln p(i given y)                          | likely pictures first; prefers plain, uniform ones       |
 | pmi        | ln p(i given y) - ln p(i given null)     | how much the caption explains; cancels plainness         |
+| half-pmi   | ln p(i given y) - 1/2 ln p(i given null) | likely, but for the caption rather than in general       |
 | contrast   | ln p(i given y) - ln mean p(i given y_k) | this caption rather than its nearest neighbours y_k      |
 
 `contrast` is the posterior of the caption among its neighbours, up to a constant; the mean is over y and all y_k.
@@ -29,7 +30,7 @@ from dvae.errors import UserError
 Scorer = Callable[[DALLE, Tensor, Sampled], Tensor]
 
 _LOGITS = 2**25  # numbers that one scoring pass may hold as logits, 128 MB in float32
-NEIGHBOURS = 8
+NEIGHBOURS = 4
 
 
 def none(model: DALLE, text_ids: Tensor, sampled: Sampled) -> Tensor:
@@ -40,14 +41,14 @@ def likelihood(model: DALLE, text_ids: Tensor, sampled: Sampled) -> Tensor:
     return sampled.logprobs.sum(1)
 
 
-def pmi(model: DALLE, text_ids: Tensor, sampled: Sampled, *, null_ids: Tensor) -> Tensor:
+def pmi(model: DALLE, text_ids: Tensor, sampled: Sampled, *, null_ids: Tensor, weight: float = 1.0) -> Tensor:
     """The null prompt's share is taken from `sampled` where guidance computed it, else from one more pass."""
     null = log_likelihoods(model, null_ids, sampled.tokens)[0] if sampled.null is None else sampled.null.sum(1)
-    return sampled.logprobs.sum(1) - null
+    return sampled.logprobs.sum(1) - weight * null
 
 
 def contrast(model: DALLE, text_ids: Tensor, sampled: Sampled, *, captions_ids: Tensor) -> Tensor:
-    """Against the 8 nearest other captions of the sample `captions_ids` (M, T)."""
+    """Against the 4 nearest other captions of the sample `captions_ids` (M, T)."""
     rivals = nearest(text_ids, captions_ids, NEIGHBOURS, model.config.vocab_text)
     own = sampled.logprobs.sum(1)
     everyone = torch.cat([own[None], log_likelihoods(model, rivals, sampled.tokens)])  # (K + 1, N)
@@ -92,14 +93,14 @@ def nearest(text_ids: Tensor, captions_ids: Tensor, k: int, vocab_text: int) -> 
 
 def scorer(name: str, captions_ids: Tensor | None = None, null_ids: Tensor | None = None) -> Scorer:
     """The scorer of that name, with what it needs: `contrast` a sample of captions (M, T), `pmi` the null prompt."""
-    if name == "pmi" and null_ids is not None:
-        return functools.partial(pmi, null_ids=null_ids)
+    if name in ("pmi", "half-pmi") and null_ids is not None:
+        return functools.partial(pmi, null_ids=null_ids, weight=1.0 if name == "pmi" else 0.5)
     if name == "contrast" and captions_ids is not None and len(captions_ids):
         return functools.partial(contrast, captions_ids=captions_ids)
-    if name in ("pmi", "contrast"):
+    if name in ("pmi", "half-pmi", "contrast"):
         raise UserError(f"this model carries nothing to rank by {name} with", "rank by likelihood or none")
     if name not in ("none", "likelihood"):
-        raise UserError(f"there is no score named {name!r}", "choose one of none, likelihood, pmi, contrast")
+        raise UserError(f"there is no score named {name!r}", "choose one of none, likelihood, pmi, half-pmi, contrast")
     return {"none": none, "likelihood": likelihood}[name]
 
 

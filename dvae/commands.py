@@ -3,6 +3,7 @@
 Mistakes become one line what and one line how to mend it (see `errors`); nothing here knows what a command does.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentParser
@@ -24,18 +25,22 @@ class Parser(Plain, ArgumentParser):
     pass
 
 
-def call(program: str, function: Callable, args: Sequence[str], optional: Sequence[str] = ()) -> None:
+def call(program: str, function: Callable, args: Sequence[str], optional: dict[str, str] | None = None) -> None:
     """Run `function` with arguments from a command line.
 
-    Parameters without a default are positional, the others are `--options`; those named in `optional` are positional
-    too and may be left away.
+    Parameters without a default are positional, the others are `--options`; those in `optional` (name and help) are
+    positional too and may be left away. A switch may stand alone: `--exact` means `--exact true`.
     """
+    optional, given = optional or {}, list(args)
+    switches = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if p.annotation is bool}
+    for place in reversed(range(len(given))):
+        if given[place] in switches and given[place + 1 : place + 2] not in (["true"], ["false"]):
+            given.insert(place + 1, "true")
     parser = Parser(prog=program, description=(function.__doc__ or "").split("\n\n")[0])
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(optional))
-    for name in optional:
-        parser.add_argument(name, nargs="?", help="see above")
-    given = parser.parse_args(list(args)).clone(with_meta=False)
-    function(**vars(given))
+    for name, text in optional.items():
+        parser.add_argument(name, nargs="?", help=text)
+    function(**vars(parser.parse_args(given).clone(with_meta=False)))
 
 
 def dispatch(
@@ -44,7 +49,7 @@ def dispatch(
     commands: dict[str, Callable],
     train: Callable[[Sequence[str]], None],
     args: Sequence[str],
-    optional: dict[str, Sequence[str]] | None = None,
+    optional: dict[str, dict[str, str]] | None = None,
 ) -> int:
     """Run one command line of `program`, whose help is `text`; returns the exit code."""
     debug = "--debug" in args
@@ -58,7 +63,7 @@ def dispatch(
         if name in TRAININGS:
             train(args)
         elif name in commands:
-            call(f"{program} {name}", commands[name], rest, (optional or {}).get(name, ()))
+            call(f"{program} {name}", commands[name], rest, (optional or {}).get(name))
         else:
             raise UserError(f"{program} has no command {name!r}", f"{program} --help lists the commands")
 

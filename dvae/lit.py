@@ -106,7 +106,7 @@ class Data(LightningDataModule):
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW and what moves its step size.
+    """AdamW, or Muon beside it, and what moves the step size.
 
     Args:
         learning_rate: step size as a schedule over updates.
@@ -114,6 +114,9 @@ class Optimiser:
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
+        muon: let torch's Muon move the matrices inside the transformer's blocks, with the same step size and decay;
+            AdamW moves the rest. Not in the paper.
+        clip: largest norm of the whole gradient; null does not clip.
         ema: decay of the averaged weights that are validated and kept; null keeps the last weights instead.
     """
 
@@ -122,6 +125,8 @@ class Optimiser:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    muon: bool = False
+    clip: float | None = None
     ema: float | None = 0.999
 
 
@@ -162,20 +167,31 @@ class Lit(LightningModule):
             group["lr"] = self.optimiser.learning_rate(self.trainer.global_step)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if not torch.isfinite(norm):
             raise non_finite("gradient", norm.item(), self.trainer.global_step, self.rows)
+        if self.optimiser.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.optimiser.clip, norm)
         self.latest |= {"train/gradient_norm": norm, "train/learning_rate": optimizer.param_groups[0]["lr"]}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        o = self.optimiser
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        o, lr = self.optimiser, self.optimiser.learning_rate(0)
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        hidden = {name for name, p in named.items() if o.muon and p.ndim == 2 and name.startswith("blocks.")}
+        rest = [p for name, p in named.items() if name not in hidden]
         groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": o.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": o.weight_decay},
+            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=o.learning_rate(0), betas=(o.beta1, o.beta2), eps=o.eps)
+        adamw = torch.optim.AdamW(groups, lr=lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
+        if not o.muon:
+            return adamw
+        if not hidden:
+            raise UserError("muon is set, but this model has no matrices inside blocks", "set optimiser.muon to false")
+        matrices = [named[name] for name in sorted(hidden)]
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=o.weight_decay, adjust_lr_fn="match_rms_adamw")
+        return Together(muon, adamw)
 
     def configure_callbacks(self) -> Sequence[Callback]:
         # the order matters: validation is judged and drawn while the averaged weights are in place, that is, before
@@ -184,6 +200,32 @@ class Lit(LightningModule):
         if self.optimiser.ema is not None:  # all tensors in one call, unlike EMAWeightAveraging
             callbacks.insert(1, WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(self.optimiser.ema)))
         return callbacks
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimisers that step and are saved as one: Lightning's automatic optimisation knows only one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.share()
+
+    def share(self) -> None:
+        """Let every part see its own groups and the common state."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.share()
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
 
 
 def non_finite(what: str, value: float, update: int, rows: Sequence[tuple[int, int]]) -> NumericsError:
@@ -250,6 +292,8 @@ class Checkpoints(Checkpoint):
             trainer.val_check_interval,
             trainer.check_val_every_n_epoch,
         )
+        if trainer.gradient_clip_val is not None:
+            raise UserError("trainer.gradient_clip_val is set", "clip with model.optimiser.clip instead")
         if trainer.max_steps < 1:
             raise UserError("trainer.max_steps is not set", "a training here is counted in updates: set max_steps")
         if epochs is not None or not isinstance(interval, int) or interval % accumulate:

@@ -4,11 +4,13 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from dvae import lit, seeds
@@ -84,6 +86,19 @@ class ImageData(lit.Data):
         self.val = Pictures(val, self.image_size, self.seed, augmented=False)
 
 
+@dataclass(frozen=True)
+class Revival:
+    """Codes that no cell chose move beside codes whose cells are painted worst. Not in the paper; for tied codes only.
+
+    Args:
+        every: updates between two looks.
+        until: the last update at which codes are moved, so that the averaged weights can follow.
+    """
+
+    every: int
+    until: int
+
+
 class LitDVAE(lit.Lit):
     """Trains a discrete VAE on the relaxed evidence lower bound (paper, eq. 1 and appendix A.2).
 
@@ -97,6 +112,7 @@ class LitDVAE(lit.Lit):
         kl_weight: the paper's beta, over updates.
         usage_weight: weight of ln K minus the entropy of the batch-mean code distribution, nats, over updates; not in
             the paper; null switches it off.
+        revival: of codes that are not in use; null leaves them where they are.
         straight_through: one-hot codes in the forward pass instead of the paper's soft ones.
         channels_last: memory layout of the convolutions; faster on CPUs and on GPUs with tensor cores.
         init_from: a run or artefact to start from (fine-tuning); null starts from nothing.
@@ -111,6 +127,7 @@ class LitDVAE(lit.Lit):
         temperature: Schedule,
         kl_weight: Schedule,
         usage_weight: Schedule | None = None,
+        revival: Revival | None = None,
         straight_through: bool = False,
         channels_last: bool = True,
         init_from: str | None = None,
@@ -119,7 +136,7 @@ class LitDVAE(lit.Lit):
     ):
         super().__init__(optimiser, checkpoint_every, seed)
         self.temperature, self.kl_weight, self.usage_weight = temperature, kl_weight, usage_weight
-        self.straight_through = straight_through
+        self.straight_through, self.revival = straight_through, revival
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = DVAE(config)
         if init_from is not None:
@@ -130,6 +147,12 @@ class LitDVAE(lit.Lit):
                 )
             self.model.load_state_dict(start.state_dict())
         self.model.to(memory_format=self.memory_format)
+        if revival is not None:
+            if self.model.sphere is None:
+                raise UserError("revival is set, but the codes are not tied", "set config.tied, or revival to null")
+            # since the last look: how often each code was chosen, and how badly its cells were painted, in all
+            self.register_buffer("chosen", torch.zeros(config.vocab_size))
+            self.register_buffer("badness", torch.zeros(config.vocab_size))
         self.clear()
 
     def pictures(self, batch: dict[str, Any]) -> Tensor:
@@ -141,7 +164,10 @@ class LitDVAE(lit.Lit):
         weight = 0.0 if self.usage_weight is None else self.usage_weight(update)
         noise = seeds.generator(self.seed, "gumbel", batch_index, self.global_rank)
         raw, logits, quantized = self.model(images, temperature, noise, self.straight_through)
-        nll = self.model.likelihood.nll(raw, images).mean()
+        each = self.model.likelihood.nll(raw, images)
+        if self.revival is not None:
+            self.watch(quantized.tokens, each.detach() - each.detach().min())
+        nll = each.mean()
         kl = quantized.kl.mean()  # nats per picture
         gap = usage_gap(logits)
         loss = nll + beta * kl / images[0].numel() + weight * gap
@@ -154,6 +180,33 @@ class LitDVAE(lit.Lit):
             "train/temperature": temperature,
             "train/kl_weight": beta,
         }
+
+    def watch(self, tokens: Tensor, badness: Tensor) -> None:
+        """Add up what tokens `(B, h, w)` and the badness of each value `(B, 3, H, W)` say of the codes."""
+        per_cell = F.adaptive_avg_pool2d(badness.mean(1), tokens.shape[1:])
+        self.chosen.index_add_(0, tokens.flatten(), torch.ones_like(per_cell).flatten())
+        self.badness.index_add_(0, tokens.flatten(), per_cell.flatten())
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        super().on_train_batch_start(batch, batch_index)
+        update, first = self.trainer.global_step, batch_index % self.trainer.accumulate_grad_batches == 0
+        if self.revival is not None and first and 0 < update <= self.revival.until and not update % self.revival.every:
+            self.revive(seeds.generator(self.seed, "revival", update))
+
+    @torch.no_grad()
+    def revive(self, generator: torch.Generator) -> None:
+        chosen, badness = (self.trainer.strategy.reduce(x, reduce_op="sum").cpu() for x in (self.chosen, self.badness))
+        dead = (chosen <= 0.05 * chosen.mean()).nonzero()[:, 0]
+        if len(dead):
+            beside = torch.multinomial(badness, len(dead), replacement=True, generator=generator)
+            points = self.model.sphere.points().cpu()[beside]
+            codes = self.model.sphere.codes
+            codes[dead] = F.normalize(points + 0.1 * torch.randn(points.shape, generator=generator), dim=1).to(codes)
+            for moment in self.trainer.optimizers[0].state[codes].values():
+                if moment.shape == codes.shape:
+                    moment[dead] = 0
+        self.chosen.zero_()
+        self.badness.zero_()
 
     def clear(self) -> None:
         self.seen: dict[str, float] = {"pictures": 0, "nll": 0.0, "relaxed_nll": 0.0, "kl": 0.0, "psnr": 0.0}

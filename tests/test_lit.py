@@ -6,6 +6,7 @@ That a killed run ends where an uninterrupted one does is test_resume.py's matte
 import copy
 import csv
 import io
+import math
 import os
 import random
 import signal
@@ -44,7 +45,7 @@ MODEL = {
     },
     "dalle": {"depth": 1, "width": 32, "heads": 2, "optimiser": OPTIMISER, "prompts": 1, "checkpoint_every": 100},
 }
-TRAINER = {"max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1, "gradient_clip_val": 1.0}
+TRAINER = {"max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1}
 STAGES = pytest.mark.parametrize("stage", MAIN)
 
 
@@ -171,6 +172,108 @@ def test_metrics_are_appended_and_forgotten_beyond_the_checkpoint(tmp_path):
     assert read() == [], "a run from the start forgets everything"
 
 
+# -------------------------------------------------------------------------------------------------------- optimisers
+
+BLOCK = "blocks.0.weight"
+
+
+def network() -> torch.nn.ModuleDict:
+    """Matrices and vectors inside blocks and outside: the one matrix under `blocks.` is Muon's."""
+    torch.manual_seed(5)
+    return torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(6, 4)]), "head": torch.nn.Linear(4, 3)})
+
+
+def module(model: torch.nn.Module, **settings) -> lit.Lit:
+    found = lit.Lit(lit.Optimiser(Schedule(0.01), weight_decay=0.1, beta1=0.8, **settings), 1, 0)
+    found.model = model
+    return found
+
+
+def set_gradients(model: torch.nn.Module, number: int) -> None:
+    chance = torch.Generator().manual_seed(number)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=chance)
+
+
+def test_together_steps_as_its_parts_would_alone():
+    one, other = network(), network()
+    together = module(one, muon=True).configure_optimizers()
+    named = dict(other.named_parameters())
+    groups = [
+        {"params": [named["head.weight"]], "weight_decay": 0.1},
+        {"params": [named["blocks.0.bias"], named["head.bias"]], "weight_decay": 0.0},
+    ]
+    muon = torch.optim.Muon([named[BLOCK]], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.999), fused=True)
+    assert isinstance(together, lit.Together)
+    start = network().state_dict()
+    for update in range(4):
+        for optimiser in (together, muon, adamw):
+            for group in optimiser.param_groups:
+                group["lr"] = 0.01 / (update + 1)
+        set_gradients(one, update)
+        set_gradients(other, update)
+        together.step()
+        muon.step()
+        adamw.step()
+        assert equal(one.state_dict(), other.state_dict())
+    assert all((one.state_dict()[name] - start[name]).abs().max() > 1e-3 for name in start)
+
+
+def test_together_is_saved_and_goes_on_bit_for_bit(tmp_path):
+    def updates(model, optimiser, numbers):
+        for number in numbers:
+            for group in optimiser.param_groups:
+                group["lr"] = 0.01 / (number + 1)
+            set_gradients(model, number)
+            optimiser.step()
+
+    whole, half, rest = network(), network(), network()
+    updates(whole, module(whole, muon=True).configure_optimizers(), range(6))
+    optimiser = module(half, muon=True).configure_optimizers()
+    updates(half, optimiser, range(3))
+    torch.save([half.state_dict(), optimiser.state_dict()], tmp_path / "saved")
+    weights, state = torch.load(tmp_path / "saved", weights_only=True)
+    rest.load_state_dict(weights)
+    again = module(rest, muon=True).configure_optimizers()
+    again.load_state_dict(state)
+    assert again.state.keys() == set(rest.parameters())
+    updates(rest, again, range(3, 6))
+    assert equal(rest.state_dict(), whole.state_dict()) and not equal(half.state_dict(), whole.state_dict())
+
+
+def test_muon_moves_the_matrices_of_the_blocks_alone():
+    from dalle.model import DALLE, DALLEConfig
+
+    model = DALLE(DALLEConfig(vocab_text=20, text_length=4, vocab_image=9, grid=(2, 3), depth=2, width=16, heads=2))
+    muon, adamw = module(model, muon=True).configure_optimizers().parts
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    moved, others = ([names[p] for group in part.param_groups for p in group["params"]] for part in (muon, adamw))
+    assert sorted(moved + others) == sorted(names.values())
+    assert moved and set(moved) == {n for p, n in names.items() if p.ndim == 2 and n.startswith("blocks.")}
+    assert isinstance(module(model).configure_optimizers(), torch.optim.AdamW)
+
+
+def test_clip_limits_the_norm_of_the_whole_gradient():
+    class Trainer:
+        global_step = 0
+
+    for size, expected in ((100.0, 0.5), (1e-3, None)):
+        model = network()
+        lit_module = module(model, clip=0.5)
+        lit_module._trainer = Trainer()
+        set_gradients(model, 0)
+        for parameter in model.parameters():
+            parameter.grad *= size
+        before = [p.grad.clone() for p in model.parameters()]
+        norm = math.sqrt(sum(g.double().square().sum().item() for g in before))
+        lit_module.on_before_optimizer_step(lit_module.configure_optimizers())
+        factor = 1.0 if expected is None else expected / norm
+        for gradient, parameter in zip(before, model.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, gradient * factor, rtol=1e-4, atol=0)
+        assert lit_module.latest["train/gradient_norm"].item() == pytest.approx(norm, rel=1e-5), "as it was found"
+
+
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -274,6 +377,8 @@ def test_damaged_checkpoint_is_refused(new):
         ("trainer", "max_steps", 5, 2, "do not end at a validation"),
         ("trainer", "max_steps", -1, 2, "max_steps is not set"),
         ("trainer", "val_check_interval", 0.5, 2, "val_check_interval"),
+        ("trainer", "gradient_clip_val", 1.0, 2, "gradient_clip_val"),
+        ("model", "optimiser", {**OPTIMISER, "muon": True}, 2, "muon is set"),
         ("trainer", "accumulate_grad_batches", 3, 2, "multiple of accumulate_grad_batches"),
         ("data", "batch_size", 0, 2, "batch_size 0"),
         ("data", "source", "nowhere/at/all", 3, "nowhere/at/all"),

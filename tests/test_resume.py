@@ -1,8 +1,9 @@
 """A training that is killed at any moment and continued ends bit for bit where an uninterrupted one ends.
 
 Both stages, with everything that remembers or draws: Gumbel noise, augmentation, BPE and caption dropout, loading
-processes, accumulated gradients, averaged weights, validations in the middle, bf16. Each run is a fork of this
-process, in which torch and Lightning are loaded already, and dies by SIGKILL: nothing of it can tidy up.
+processes, accumulated and clipped gradients, Muon beside AdamW, averaged weights, validations in the middle, bf16. Each
+run is a fork of this process, in which torch and Lightning are loaded already, and dies by SIGKILL: nothing of it can
+tidy up.
 
 The whole campaign, 100 random kills per stage (about 10 minutes):
 
@@ -39,11 +40,10 @@ TRAINER = {
     "accumulate_grad_batches": 2,
     "val_check_interval": 6,
     "log_every_n_steps": 1,
-    "gradient_clip_val": 1.0,
     "accelerator": "cpu",
     "enable_progress_bar": False,
 }
-OPTIMISER = {"learning_rate": {"start": 3e-3, "end": 1e-4, "steps": 10, "warmup": 2}, "ema": 0.8}
+OPTIMISER = {"learning_rate": {"start": 3e-3, "end": 1e-4, "steps": 10, "warmup": 2}, "clip": 1.0, "ema": 0.8}
 DVAE = {"image_size": 32, "vocab_size": 32, "hidden": 8, "groups": 2, "code_width": 16, "kernel": 4, "patch": 4}
 CONFIGS = {
     "dvae": {
@@ -58,7 +58,10 @@ CONFIGS = {
         "data": {"source": "scenes:train:64", "val": "scenes:val:8", "batch_size": 4, "workers": 2, "augment": True},
     },
     "dalle": {
-        "model": {"depth": 1, "width": 32, "heads": 2, "optimiser": OPTIMISER, "prompts": 1, "checkpoint_every": 4},
+        "model": {
+            **{"depth": 1, "width": 32, "heads": 2, "prompts": 1, "checkpoint_every": 4},
+            "optimiser": {**OPTIMISER, "muon": True},
+        },
         "data": {"batch_size": 4, "workers": 2, "bpe_dropout": 0.2, "caption_dropout": 0.2},
     },
 }

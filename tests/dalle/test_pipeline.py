@@ -48,7 +48,7 @@ def test_pictures_are_what_they_say(pipeline):
     assert len({tuple(picture.tokens.flatten().tolist()) for picture in pictures}) == 4
 
 
-@pytest.mark.parametrize("name", ["likelihood", "pmi", "contrast", "none"])
+@pytest.mark.parametrize("name", ["likelihood", "pmi", "half-pmi", "contrast", "none"])
 def test_the_best_are_kept_best_first(pipeline, name):
     everything = pipeline(CAPTION, count=8, keep=8, rerank=name)
     scores = [picture.score for picture in everything]
@@ -231,12 +231,19 @@ def test_stage_one_is_not_a_pipeline(tiny_dvae):
         load(tiny_dvae)
 
 
-def test_without_captions_contrast_is_refused_in_words_and_likelihood_works(tmp_path, pipeline):
+def test_without_captions_contrast_is_refused_in_words_and_the_others_work(tmp_path, pipeline):
     save(tmp_path, pipeline.model, pipeline.text, [], artefact.load(pipeline.source, KIND).parts["dvae"], {})
     bare = load(tmp_path)
-    assert len(bare(CAPTION, 2, 1, rerank="likelihood")) == 1
+    assert len(bare(CAPTION, 2, 1, rerank="likelihood")) == len(bare(CAPTION, 2, 1)) == 1
     with pytest.raises(UserError, match="nothing to rank by contrast"):
-        bare(CAPTION, 2, 1)
+        bare(CAPTION, 2, 1, rerank="contrast")
+
+
+def test_half_pmi_is_the_default(pipeline):
+    default, half = (pipeline(CAPTION, count=6, keep=6, **given) for given in ({}, {"rerank": "half-pmi"}))
+    assert [(p.number, p.score) for p in default] == [(p.number, p.score) for p in half]
+    assert len({p.score for p in half}) > 1
+    assert sorted(p.score for p in half) != sorted(p.score for p in pipeline(CAPTION, 6, 6, rerank="pmi"))
 
 
 def test_the_config_on_disk_is_the_models(tiny_dalle, pipeline):

@@ -1,10 +1,12 @@
 """The discrete VAE: the paper's sizes, honest refusals, and tokens that depend on the picture alone."""
 
 import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from dvae import seeds
 from dvae.errors import ArtefactError, UserError
@@ -91,6 +93,93 @@ def test_codes_are_what_the_decoder_reads(model):
     assert codes.shape == (16, 8)
     read = model.decoder.input(F.one_hot(tokens, 16).movedim(-1, 1).float()) - model.decoder.input.bias[:, None, None]
     assert torch.allclose(read[0].flatten(1).t(), codes, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------- one shared codebook
+
+
+@pytest.fixture
+def tied() -> DVAE:
+    """Codes of any length, which must not matter, and a sharpness of its own."""
+    model = DVAE(DVAEConfig(**TINY, tied=True))
+    with torch.no_grad():
+        model.sphere.codes.mul_(torch.rand(16, 1) + 0.5)
+        model.sphere.log_sharpness.fill_(1.5)
+    return model
+
+
+def unit(vector: list[float]) -> list[float]:
+    return [v / math.sqrt(sum(w * w for w in vector)) for v in vector]
+
+
+def test_tied_logits_are_sharpened_cosines(tied):
+    images = torch.rand(2, 3, 32, 32)
+    logits, directions = tied.logits(images), tied.encoder(0.8 * images + 0.1)
+    assert directions.shape == (2, 8, 4, 4) and logits.shape == (2, 16, 4, 4) and logits.std() > 0.1
+    codes = [unit(code) for code in tied.sphere.codes.tolist()]
+    for b in range(2):
+        for y in range(4):
+            for x in range(4):
+                direction = unit(directions[b, :, y, x].tolist())
+                cosines = [sum(v * w for v, w in zip(direction, code, strict=True)) for code in codes]
+                expected = torch.tensor([math.exp(1.5) * cosine for cosine in cosines])
+                assert torch.allclose(logits[b, :, y, x], expected, atol=1e-5)
+
+
+def test_the_tied_decoder_reads_mixed_unit_codes(tied):
+    z = torch.randn(2, 16, 4, 4).softmax(1)
+    mixed = tied.sphere.mix(z)
+    codes = torch.tensor([unit(code) for code in tied.sphere.codes.tolist()])
+    assert mixed.shape == (2, 8, 4, 4)
+    for b in range(2):
+        for y in range(4):
+            for x in range(4):
+                expected = math.sqrt(8) * sum(z[b, k, y, x] * codes[k] for k in range(16))
+                assert torch.allclose(mixed[b, :, y, x], expected, atol=1e-5)
+    raw = rearrange(tied.decoder.body(mixed), "b (c p q) h w -> b c (h p) (w q)", p=4, q=4)
+    assert torch.equal(tied.paint(z), raw)
+    assert torch.allclose(tied.codes(), codes, atol=1e-6) and tied.codes().shape == (16, 8)
+
+
+def test_tied_tokens_weights_and_pictures_agree(tied):
+    images = torch.rand(3, 3, 32, 32)
+    tokens = tied.encode(images)
+    assert torch.equal(tokens, tied.logits(images).argmax(1)) and len(tokens.unique()) > 1
+    one_hot = F.one_hot(tokens, 16).movedim(-1, 1).float()
+    assert torch.equal(tied.decode(tokens), tied.decode_soft(one_hot))
+    assert torch.allclose(tied.sphere.mix(one_hot).movedim(1, -1), math.sqrt(8) * tied.codes()[tokens], atol=1e-6)
+    assert not torch.equal(tied.decode(tokens), tied.decode((tokens + 1) % 16))
+
+
+def test_tied_logits_are_float32_under_autocast(tied):
+    directions = torch.randn(2, 8, 4, 4)
+    expected = tied.sphere.logits(directions)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(tied.sphere.logits(directions), expected)
+        assert tied.logits(torch.rand(1, 3, 32, 32)).dtype == torch.float32
+
+
+def test_tied_codes_learn_from_both_sides(tied):
+    """Every code, from reading alone and from painting alone; and every other weight."""
+    codes, images = tied.sphere.codes, torch.rand(4, 3, 32, 32)
+    target = torch.randn(4, 16, 4, 4)
+    for side in ((tied.logits(images) * target).sum(), tied.decode_soft(target.softmax(1)).square().sum()):
+        (gradient,) = torch.autograd.grad(side, codes)
+        assert (gradient.norm(dim=1) > 0).all()
+        along = (gradient * codes).sum(1).abs()  # length means nothing
+        assert (along < 1e-3 * gradient.norm(dim=1) * codes.norm(dim=1) + 1e-6).all()
+    raw, _, quantized = tied(images, 1.0, seeds.generator(0))
+    (tied.likelihood.nll(raw, images).mean() + quantized.kl.mean()).backward()
+    still = [name for name, p in tied.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert still == []
+
+
+def test_save_and_load_keep_a_tied_model(tmp_path, tied):
+    tied.save(tmp_path, {"step": 7})
+    again, images = load(tmp_path), torch.rand(2, 3, 32, 32)
+    assert again.config == tied.config and again.config.tied
+    assert torch.equal(again.logits(images), tied.logits(images)) and torch.equal(again.codes(), tied.codes())
+    assert torch.equal(again.decode(again.encode(images)), tied.decode(tied.encode(images)))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 3, 32, 16), (1, 1, 32, 32), (3, 32, 32)])
