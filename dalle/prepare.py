@@ -6,6 +6,7 @@ copy of the image tokenizer in dvae/, and prepared.json, written last.
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from dalle.pairs import open_pairs
 from dalle.text import Text
-from dalle.tokens import Sizes, TokenFiles, TokenWriter, describe
+from dalle.tokens import Sizes, TokenFiles, TokenWriter
 from dvae import artefact, files
 from dvae.data import Source, split
 from dvae.errors import ArtefactError, DataError, UserError
@@ -99,7 +100,9 @@ def prepare(
     sizes = Sizes(words.vocab_size, words.text_length, tokenizer.vocab_size, tokenizer.grid)
     digest = files.sha256_file(folder / "text.json")
     (folder / UNFINISHED).unlink()
-    files.write_json(folder / MANIFEST, describe(sizes, identity, digest))
+    tokens = {part: files.sha256_file(folder / part / "tokens.json") for part in ("train", "val")}
+    described = {"format": 1, "sizes": asdict(sizes), "dvae": identity, "text": digest, "tokens": tokens}
+    files.write_json(folder / MANIFEST, described)
     print(f"wrote {out}")
 
 
@@ -126,7 +129,7 @@ class Prepared:
         try:
             about = json.loads((self.folder / MANIFEST).read_text())
             self.sizes = Sizes(**{**about["sizes"], "grid": tuple(about["sizes"]["grid"])})
-            identity, digest = about["dvae"], about["text"]
+            identity, digest, tokens = about["dvae"], about["text"], dict(about["tokens"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder} holds no prepared tokens", "make them with dalle prepare") from error
         self.dvae = self.folder / "dvae"
@@ -142,3 +145,9 @@ class Prepared:
                 "make the tokens again with dalle prepare",
             )
         self.train, self.val = TokenFiles(self.folder / "train"), TokenFiles(self.folder / "val")
+        for part, expected in tokens.items():
+            if files.sha256_file(self.folder / part / "tokens.json") != expected:
+                raise ArtefactError(
+                    f"the tokens in {self.folder / part} belong to another call of dalle prepare",
+                    "make the tokens again with dalle prepare",
+                )

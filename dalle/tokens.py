@@ -10,7 +10,7 @@ N pictures, h w grid.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +95,3 @@ class TokenFiles:
 
     def captions(self, index: int) -> list[str]:
         return json.loads(self.text[self.lines[index] : self.lines[index + 1]].tobytes())
-
-
-def describe(sizes: Sizes, dvae: str, text: str) -> dict:
-    """What prepared.json says of a whole token folder: sizes and the digests of both tokenizers."""
-    return {"format": 1, "sizes": asdict(sizes), "dvae": dvae, "text": text}

@@ -60,7 +60,7 @@ def test_what_the_wheel_holds(wheel):
 
 
 def test_the_wheel_finds_its_own_configs(python, unpacked):
-    look = "import dalle, dvae.lit as lit; print(dalle.__file__, lit.__file__, lit.find_config('dvae/demo'), sep='\\n')"
+    look = "import dalle, dvae.lit as lit\nprint(dalle.__file__, lit.__file__, lit.find_config('dvae/demo'), sep='\\n')"
     places = [Path(line) for line in python("-c", look).splitlines()]
     assert places == [unpacked / name for name in ("dalle/__init__.py", "dvae/lit.py", "dvae/configs/dvae/demo.yaml")]
 

@@ -118,12 +118,13 @@ def test_draw_and_judge_puts_every_verdict_in_its_place(prompts, count):
 def test_a_real_pipeline_is_judged_by_what_it_draws_alone(tiny_dalle):
     pipeline = load(tiny_dalle)
     captions = [scenes.captions("val", index)[0] for index in range(3)]
-    found = draw_and_judge(pipeline, captions, 2, [7, 8, 9], Settings(), ["none", "contrast"])
+    found = draw_and_judge(pipeline, captions, 2, [7, 8, 9], Settings(), ["half-pmi", "contrast"])
     for p, caption in enumerate(captions):
-        best = pipeline(caption, 2, 1, seed=7 + p)[0]
-        assert int(found.best["contrast"][p]) == best.number
-        shown = (found.images[p, best.number] * 255).round().to(torch.uint8)
-        assert torch.equal(shown, best.image)
+        for ranker in ("half-pmi", "contrast"):
+            best = pipeline(caption, 2, 1, seed=7 + p, rerank=ranker)[0]
+            assert int(found.best[ranker][p]) == best.number
+            shown = (found.images[p, best.number] * 255).round().to(torch.uint8)
+            assert torch.equal(shown, best.image)
 
 
 def test_one_seed_for_each_prompt(tiny_dalle):

@@ -114,7 +114,7 @@ def test_an_interruption_before_the_manifest_leaves_nothing_that_loads(tmp_path,
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(room, "describe", interrupted)
+    monkeypatch.setattr(room, "asdict", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare("scenes:train:64", str(tiny_dvae), words, str(tmp_path), val="scenes:val:8")
     with pytest.raises(DataError, match="no prepared tokens"):
@@ -220,3 +220,11 @@ def test_vocab_learns_from_the_captions_and_says_how_long_they_are(tmp_path, cap
     out = capsys.readouterr().out
     assert f"{len(captions)} captions, 280 ids; longest {lengths.max()} of 7 ids" in out
     assert f"{int((lengths > 7).sum())} will be cut" in out and (lengths > 7).any()
+
+
+def test_tokens_of_another_call_are_refused(tiny_tokens, tmp_path):
+    folder = shutil.copytree(tiny_tokens, tmp_path / "mixed")
+    about = json.loads((folder / "val" / "tokens.json").read_text())
+    (folder / "val" / "tokens.json").write_text(json.dumps(about))  # the same words, other bytes: another call's file
+    with pytest.raises(ArtefactError, match="another call"):
+        Prepared(folder)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle.tokens import PARTS, Sizes, TokenFiles, TokenWriter, describe
+from dalle.tokens import PARTS, TokenFiles, TokenWriter
 from dvae.errors import DataError
 
 CAPTIONS = [["a red circle"], ["one", "two\nlines", ""], ['\u2603 \U0001f600 "quoted" \\ \x00'], [], ["e\u0301"]]
@@ -114,9 +114,3 @@ def test_a_description_that_is_none_is_refused(tmp_path, rows, content):
     (tmp_path / "tokens.json").write_bytes(content)
     with pytest.raises(DataError):
         TokenFiles(tmp_path)
-
-
-def test_what_is_said_of_the_whole_survives_json():
-    said = json.loads(json.dumps(describe(Sizes(300, 16, 64, (4, 4)), "d1", "d2")))
-    assert Sizes(**{**said["sizes"], "grid": tuple(said["sizes"]["grid"])}) == Sizes(300, 16, 64, (4, 4))
-    assert (said["dvae"], said["text"]) == ("d1", "d2")
