@@ -48,11 +48,12 @@ DVAE = {"image_size": 32, "vocab_size": 32, "hidden": 8, "groups": 2, "code_widt
 CONFIGS = {
     "dvae": {
         "model": {
-            "config": {**DVAE, "gain": 1.0, "likelihood": "l2"},
+            "config": {**DVAE, "gain": 1.0, "likelihood": "l2", "tied": True},
             "optimiser": OPTIMISER,
             "temperature": {"start": 1.0, "end": 0.1, "steps": 10},
             "kl_weight": {"start": 0.0, "end": 0.1, "steps": 10},
             "usage_weight": {"start": 0.02},
+            "revival": {"every": 2, "until": 10},
             "checkpoint_every": 4,
         },
         "data": {"source": "scenes:train:64", "val": "scenes:val:8", "batch_size": 4, "workers": 2, "augment": True},
