@@ -493,7 +493,7 @@ class Command(LightningCLI):
             save_config_callback=None,
             seed_everything_default=0,
             parser_class=Parser,
-            args=with_shipped_configs(args),
+            args=spelled_out(args),
             trainer_defaults={
                 "enable_checkpointing": False,
                 "enable_model_summary": False,
@@ -556,7 +556,7 @@ class Command(LightningCLI):
     def keep_config(self, run: Path, continues: bool) -> None:
         """Write config.yaml; refuse to mix two experiments in one folder."""
         path = run / "config.yaml"
-        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)
         new = yaml.safe_load(text)
         if any((run / "checkpoints").glob("*.ckpt")):  # what failed before its first checkpoint may begin again
             old = yaml.safe_load(path.read_text())
@@ -592,14 +592,20 @@ def saved_step(checkpoint: Path) -> int:
     return int(SafeCheckpoints().load_checkpoint(checkpoint)["global_step"])
 
 
-def with_shipped_configs(args: Sequence[str]) -> list[str]:
-    """Let `--config dvae/emoji` and `--config configs/dvae/emoji.yaml` mean the shipped file, from a wheel too."""
+def spelled_out(args: Sequence[str]) -> list[str]:
+    """The long form of what may be said shortly.
+
+    `--config dvae/demo` and `--config configs/dvae/demo.yaml` mean the shipped file, from a wheel too, and
+    `--init_from RUN` means `--model.init_from RUN`.
+    """
     found, previous = [], ""
     for arg in args:
         if previous in ("-c", "--config"):
             arg = str(find_config(arg))
         elif arg.startswith("--config="):
             arg = f"--config={find_config(arg.removeprefix('--config='))}"
+        elif arg == "--init_from" or arg.startswith("--init_from="):
+            arg = f"--model.{arg[2:]}"
         found.append(arg)
         previous = arg
     return found

@@ -421,8 +421,10 @@ def test_configs_are_found_by_path_and_by_shipped_name(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="there is no config dvae/dmeo") as error:
         lit.find_config("dvae/dmeo")
     assert "dvae/demo" in error.value.hint and "dalle/demo" in error.value.hint
-    found = lit.with_shipped_configs(["fit", "--config", "dvae/demo", "-c", "dvae/demo", "--config=dvae/demo", "x"])
+    found = lit.spelled_out(["fit", "--config", "dvae/demo", "-c", "dvae/demo", "--config=dvae/demo", "x"])
     assert found == ["fit", "--config", str(shipped), "-c", str(shipped), f"--config={shipped}", "x"]
+    assert lit.spelled_out(["--init_from", "a"]) == ["--model.init_from", "a"]
+    assert lit.spelled_out(["--init_from=a"]) == ["--model.init_from=a"]
 
 
 # ----------------------------------------------------------------------------------------------------------- numerics
