@@ -486,7 +486,7 @@ class Command(LightningCLI):
     """`fit`, `validate` and `test` of one stage; one YAML is one experiment."""
 
     def __init__(self, module: type[Lit], data: type[Data], args: Sequence[str]):
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high")  # lets a GPU use its matrix units for what stays in float32
         super().__init__(
             module,
             data,
@@ -537,7 +537,8 @@ class Command(LightningCLI):
         self.config_init[self.subcommand].ckpt_path = None if checkpoint is None else str(checkpoint)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on the number of workers and the like
-            return super().instantiate_trainer(logger=loggers, plugins=[SafeCheckpoints()], **kwargs)
+            plugins = [*(trainer.plugins or []), SafeCheckpoints()]
+            return super().instantiate_trainer(logger=loggers, plugins=plugins, **kwargs)
 
     def checkpoint(self, run: Path, asked: str | None) -> Path | None:
         """`last` and `best` mean the run's own; a `last` that is not there yet means to begin."""
