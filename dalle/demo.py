@@ -31,7 +31,7 @@ CANDIDATES = 16
 REPORTED = 400  # captions of each kind
 CHOSEN_ON = 200  # further captions, half of each kind, for guidance, temperature and ranker
 RANKERS = ("likelihood", "pmi", "half-pmi", "contrast")
-TRIED = tuple(Settings(temperature, guidance) for temperature, guidance in product((0.5, 0.7), (1.5, 2.0)))
+TRIED = tuple(Settings(temperature, guidance) for temperature, guidance in product((0.5, 0.7), (1.5, 2.5)))
 TRIED_CANDIDATES = 8  # enough to choose by, at half the cost
 FIRST_REPORTED, FIRST_CHOSEN_ON = 1000, 500  # indices in each split; the first 500 of val validate the trainings
 

@@ -16,7 +16,8 @@ COMMANDS = {"dvae": dvae.__main__.COMMANDS, "dalle": dalle.__main__.COMMANDS}
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+    return [content for name, content in fenced if name == language]
 
 
 def test_the_file_map_names_every_room_and_no_other():
