@@ -216,6 +216,19 @@ class DALLE(nn.Module):
         for positions in (self.row_position, self.column_position):
             nn.init.normal_(positions.weight, std=0.007 / math.sqrt(2))
 
+    @torch.no_grad()
+    def start_from_codes(self, codes: Tensor, share: float, generator: torch.Generator) -> None:
+        """Let image tokens that look alike start alike; to be called before any training.
+
+        The image embedding and the image head become, up to the scale they had, sqrt(1 - share) of what they were plus
+        sqrt(share) of the image tokenizer's codes (K, d) in a random map to the model's width, the same for both.
+        Not in the paper.
+        """
+        codes = (codes - codes.mean(0)) / codes.std()
+        look = codes @ torch.randn(codes.shape[1], self.config.width, generator=generator) / codes.shape[1] ** 0.5
+        for weight in (self.image_embedding.weight, self.image_head.weight):  # (K, E)
+            weight.copy_(math.sqrt(1 - share) * weight + math.sqrt(share) * weight.std() * look.to(weight))
+
     def forward(self, text_ids: Tensor, image_tokens: Tensor) -> Logits:
         """Predict every token of B sequences from the true ones before it.
 

@@ -105,6 +105,8 @@ class LitDALLE(lit.Lit):
         mlp_ratio: width of the MLP's hidden layer over `width`.
         text_weight: of the mean text loss (the paper: 1/8).
         image_weight: of the mean image loss (the paper: 7/8).
+        from_codes: share of the image embedding's and the image head's first values that comes from what the image
+            tokenizer's codes look like, from 0 (the paper) to 1; not together with `init_from`.
         init_from: a run or artefact to start from (fine-tuning); null starts from nothing.
         prompts: how many validation captions are drawn at each validation, four pictures each.
         checkpoint_every: updates between two writes of last.ckpt (it is also written after each validation).
@@ -121,6 +123,7 @@ class LitDALLE(lit.Lit):
         mlp_ratio: int = 4,
         text_weight: float = 1 / 8,
         image_weight: float = 7 / 8,
+        from_codes: float = 0.0,
         init_from: str | None = None,
         prompts: int = 4,
         checkpoint_every: int = 1000,
@@ -130,7 +133,11 @@ class LitDALLE(lit.Lit):
         known = Sizes(**sizes)
         config = DALLEConfig(**asdict(known), depth=depth, width=width, heads=heads, mlp_ratio=mlp_ratio)
         self.text_weight, self.image_weight, self.prompts = text_weight, image_weight, prompts
-        self.init_from = init_from
+        if not 0 <= from_codes <= 1:
+            raise UserError(f"from_codes is {from_codes}", "give a share from 0 to 1, such as 0.8")
+        if from_codes and init_from is not None:
+            raise UserError("from_codes and init_from are both set", f"set from_codes to 0 to start from {init_from}")
+        self.from_codes, self.init_from = from_codes, init_from
         self.model = DALLE(config)
         if init_from is not None:
             start, self.started_from = pipeline.load_model(init_from)
@@ -140,6 +147,11 @@ class LitDALLE(lit.Lit):
                     "use its depth, width and heads, and tokens prepared with its image tokenizer and its vocabulary",
                 )
             self.model.load_state_dict(start.state_dict())
+
+    def setup(self, stage: str) -> None:
+        if self.from_codes:  # a checkpoint, if there is one, is read after this
+            codes = load_dvae(self.trainer.datamodule.prepared.dvae).codes()
+            self.model.start_from_codes(codes, self.from_codes, seeds.generator(self.seed, "codes"))
 
     def on_fit_start(self) -> None:
         if self.init_from is None:

@@ -569,6 +569,33 @@ def test_init_from_starts_from_an_artefact(stage, new, monkeypatch):
     assert other()[0] == 4
 
 
+def test_from_codes_starts_from_what_the_codes_look_like(new, tiny_tokens, monkeypatch):
+    codes, begun, real = load_dvae(tiny_tokens / "dvae").codes(), [], LitDALLE.step
+
+    def step(self, batch, update, batch_index):
+        begun.append(self.model.image_head.weight.detach().clone())
+        return real(self, batch, update, batch_index)
+
+    monkeypatch.setattr(LitDALLE, "step", step)
+    misfits = []
+    for share in (0.0, 1.0):
+        run, begun[:] = new("dalle", f"share-{share:.0f}"), []
+        run.config["model"]["from_codes"], run.config["trainer"]["max_steps"] = share, 2
+        assert run()[0] == 0
+        centred = codes - codes.mean(0)
+        best = torch.linalg.lstsq(centred, begun[0]).solution
+        misfits.append(((centred @ best - begun[0]).norm() / begun[0].norm()).item())
+    assert misfits[1] < 1e-5 < 0.3 < misfits[0]
+
+    run = new("dalle", "wrong")
+    run.config["model"]["from_codes"] = 1.5
+    code, said = run()
+    assert code == 2 and "from_codes is 1.5" in said
+    run.config["model"].update(from_codes=0.5, init_from="some/run")
+    code, said = run()
+    assert code == 2 and "both set" in said
+
+
 # ------------------------------------------------------------------------------------------------------------- extras
 
 

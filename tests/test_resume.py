@@ -61,6 +61,7 @@ CONFIGS = {
     "dalle": {
         "model": {
             **{"depth": 1, "width": 32, "heads": 2, "prompts": 1, "checkpoint_every": 4},
+            "from_codes": 0.5,
             "optimiser": {**OPTIMISER, "muon": True},
         },
         "data": {"batch_size": 4, "workers": 2, "bpe_dropout": 0.2, "caption_dropout": 0.2},

@@ -220,3 +220,26 @@ def test_config_is_checked_and_may_come_from_json():
     for grid in ((3,), (3, 4, 5), (0, 4), (3.0, 4)):
         with pytest.raises(UserError, match="grid"):
             DALLEConfig(**{**SIZES, "grid": grid})
+
+
+@torch.no_grad()
+def test_codes_that_look_alike_start_alike():
+    codes = torch.randn(13, 40, generator=torch.Generator().manual_seed(0))
+    codes[1] = codes[0] + 0.01  # twins
+    models = [random_model(torch.float32) for _ in range(3)]
+    before = models[0].image_embedding.weight.clone(), models[0].image_head.weight.clone()
+    for model, share in zip(models, (0.0, 0.5, 1.0), strict=True):
+        model.start_from_codes(codes, share, torch.Generator().manual_seed(1))
+    nothing, half, everything = models
+    for name, old in zip(("image_embedding", "image_head"), before, strict=True):
+        assert torch.equal(getattr(nothing, name).weight, old)
+        for model in models:
+            weight = getattr(model, name).weight
+            assert weight.std() == pytest.approx(old.std(), rel=0.25)
+        twins = [(w[0] - w[1]).norm() / w.norm(dim=1).mean() for w in (getattr(m, name).weight for m in models)]
+        assert twins[2] < 0.05 < 0.5 < twins[1] < twins[0]
+    # with nothing but the codes, both are one map of them: the products of their rows are those of the codes
+    expected = half.image_embedding.weight * math.sqrt(2) - before[0]
+    torch.testing.assert_close(expected, everything.image_embedding.weight, atol=1e-5, rtol=0)
+    scale = everything.image_head.weight.std() / everything.image_embedding.weight.std()
+    torch.testing.assert_close(everything.image_head.weight, scale * everything.image_embedding.weight)
