@@ -1,24 +1,29 @@
-"""Data sources: rows of pictures with their captions; which of them are usable, and why the others are not.
+"""Data sources: which of their pictures are usable and why the others are not; their rows, and the order of them.
 
-    source = open_source("photos/", size=64)       # a folder, .tar shards, or the embedded scenes
+    source = open_source("photos/", size=64, folder=Path("runs/mine/data"))
     check_share(source)                            # more than 1 % unusable: DataError before any training
     for batch in Endless(len(source), 32, seed=0):  # [(epoch, index), ...] for ever, resumable at any batch
         ...
 
-Opening a source decodes every picture once. A bad file is skipped, named and counted, never replaced by another one
+Opening a source examines every picture once and writes what it saw to a manifest on the disk, from which the rows are
+then read: memory does not grow with the data. A bad file is skipped, named and counted, never replaced by another one
 and never fatal by itself: used + skipped = listed. This file knows nothing of Lightning and of what rows are for.
 """
 
+import io
 import itertools
+import json
 import os
 import re
-import stat
-import tarfile
-from collections.abc import Iterator, Sequence
+import shutil
+import struct
+import tempfile
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,19 +31,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dvae import scenes, seeds
-from dvae.errors import DataError
-from dvae.images import SUFFIXES, open_image, square
+from dvae.errors import DataError, UserError
+from dvae.files import replacing, sha256, sha256_file, write_json
+from dvae.images import About, examine, open_image, square
+from dvae.listing import UNDERSTOOD, Listing, Piece, Row, list_rows, printable
 
-UNDERSTOOD = (
-    "understood are: scenes[:train|val|heldout[:COUNT]], a folder of pictures with .txt captions beside them, "
-    "a WebDataset NAME.tar or several as in NAME-{000..009}.tar, NAME-{a,b}.tar or NAME-*.tar"
-)
+if TYPE_CHECKING:
+    from dvae.tables import Table
+
 SCENE_COUNTS = {"train": 20_000, "val": 2_000, "heldout": 2_000}
+MANIFEST, ROWS, USABLE = "manifest.json", "rows.jsonl", "usable.bin"
 
+_FORMAT = 1  # of the manifest; it changes whenever another verdict could be found of the same bytes
 _LARGEST_PICTURE = 1 << 28  # bytes
 _LARGEST_CAPTION = 1 << 20
-_SHOW_PROGRESS = 2_000  # rows from which on opening a source takes noticeable time
-_THREADS = 4  # Pillow decodes outside Python's lock
+_AHEAD = 4  # rows that are under examination or done, for each thread
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Source:
@@ -46,39 +56,64 @@ class Source:
 
     Attributes:
         name: what the source was opened by.
-        keys: a stable name of each row, unlike all others.
-        skipped: (name, reason) of each listed row that cannot be used.
-        listed: number of rows found; always len(source) + len(skipped).
+        size: side of the squared pictures, pixels.
+        listed: number of rows found; always len(source) and the number of those `skipped`.
+        strays: what lies there and is no row, e.g. "b.txt: caption without a picture".
     """
 
-    def __init__(self, name: str, size: int, keys: Sequence[str], skipped: Sequence[tuple[str, str]], listed: int):
-        assert len(keys) + len(skipped) == listed
-        self.name, self.size, self.keys = name, size, list(keys)
-        self.skipped, self.listed = list(skipped), listed
+    def __init__(self, name: str, size: int, count: int, listed: int, strays: Sequence[str] = ()):
+        assert 0 <= count <= listed
+        self.name, self.size, self.listed, self.strays = name, size, listed, list(strays)
+        self._count = count
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return self._count
+
+    def key(self, index: int) -> str:
+        """A stable, printable name of a row, unlike all others."""
+        raise NotImplementedError
+
+    def digest(self, index: int) -> str:
+        """Hex SHA-256 of the bytes of a row's picture; of scenes, of what they are drawn from."""
+        raise NotImplementedError
+
+    def about(self, index: int) -> About:
+        """What the examination saw: width, height, mode, format, notes."""
+        raise NotImplementedError
 
     def image(self, index: int) -> Tensor:
         """The whole picture of a row, uint8 (3, H, W)."""
         raise NotImplementedError
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of a row; none, one or several."""
+        """The captions of a row, cleaned; none, one or several."""
         raise NotImplementedError
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """The pictures of some rows, cut to their central squares: uint8 (B, 3, size, size)."""
         return torch.stack([square(self.image(index), self.size) for index in indices])
 
+    def skipped(self) -> Iterator[tuple[str, str]]:
+        """(key, reason) of each listed row that cannot be used."""
+        raise NotImplementedError
+
 
 class Scenes(Source):
     """The embedded scenes. All are drawn when the first picture is asked for, and kept (3 size² bytes each)."""
 
     def __init__(self, name: str, size: int, split: str, count: int, seed: int):
-        super().__init__(name, size, [f"{split}-{index:06d}" for index in range(count)], [], count)
+        super().__init__(name, size, count, count)
         self.split, self.seed = split, seed
         self._pictures: Tensor | None = None
+
+    def key(self, index: int) -> str:
+        return f"{self.split}-{index:06d}"
+
+    def digest(self, index: int) -> str:
+        return sha256(repr(scenes.scene(self.split, index, seed=self.seed)).encode())
+
+    def about(self, index: int) -> About:
+        return About(self.size, self.size, "RGB", "scene", ())
 
     def image(self, index: int) -> Tensor:
         return self.images([index])[0]
@@ -91,131 +126,174 @@ class Scenes(Source):
     def captions(self, index: int) -> tuple[str, ...]:
         return scenes.captions(self.split, index, seed=self.seed)
 
+    def skipped(self) -> Iterator[tuple[str, str]]:
+        return iter(())
+
     def _draw(self) -> Tensor:
         pictures = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
         starts = range(0, len(self), 256)
-        for start in tqdm(starts, desc="drawing scenes", leave=False, disable=len(self) <= _SHOW_PROGRESS):
+        for start in tqdm(starts, desc="drawing scenes", leave=False, delay=1):
             rows = range(start, min(start + 256, len(self)))
             drawn = [scenes.scene(self.split, index, seed=self.seed) for index in rows]
             pictures[rows.start : rows.stop] = scenes.draw(drawn, self.size)
         return pictures
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Bytes on the disk: a whole file, or the part of a tar that is a member; or the reason why there are none."""
-
-    path: Path
-    offset: int = 0
-    size: int = 0
-    fault: str = ""
-
-    def read(self, largest: int) -> bytes:
-        if self.fault:
-            raise DataError(self.fault, "")
-        if self.size > largest:
-            raise DataError(f"too large: {self.size:,} bytes", "")
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
-@dataclass(frozen=True)
-class _Row:
-    key: str
-    picture: _Piece
-    caption: _Piece | None = None
-
-
 class Files(Source):
-    """Rows that lie on the disk, each read when it is asked for; the captions are kept."""
+    """The rows of a manifest, each read when it is asked for; 8 bytes of memory a row.
 
-    def __init__(self, name: str, size: int, rows: Sequence[_Row]):
-        with ThreadPoolExecutor(_THREADS) as pool:
-            verdicts = pool.map(_examine, rows)
-            quiet = len(rows) <= _SHOW_PROGRESS
-            verdicts = list(tqdm(verdicts, "checking pictures", len(rows), leave=False, disable=quiet))
-        judged = list(zip(rows, verdicts, strict=True))
-        usable = [(row, verdict) for row, verdict in judged if not isinstance(verdict, str)]
-        skipped = [(row.key, verdict) for row, verdict in judged if isinstance(verdict, str)]
-        super().__init__(name, size, [row.key for row, _ in usable], skipped, len(rows))
-        self._pictures = [row.picture for row, _ in usable]
-        self._captions = [captions for _, captions in usable]
+    Raises:
+        DataError: (when a row is read) its picture is not the one that was examined.
+    """
+
+    def __init__(self, name: str, size: int, folder: Path, table: "Table | None" = None):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        super().__init__(name, size, manifest["used"], manifest["listed"], manifest["strays"])
+        self.folder, self._table = folder, table
+        self._lines = np.fromfile(folder / USABLE, "<i8")
+
+    def __reduce__(self):  # a data-loading process reads the manifest itself
+        return type(self), (self.name, self.size, self.folder, self._table)
+
+    def key(self, index: int) -> str:
+        return self._row(index)["key"]
+
+    def digest(self, index: int) -> str:
+        return self._row(index)["sha256"]
+
+    def about(self, index: int) -> About:
+        row = self._row(index)
+        return About(row["width"], row["height"], row["mode"], row["format"], tuple(row["notes"]))
 
     def image(self, index: int) -> Tensor:
+        row = self._row(index)
         try:
-            return open_image(self._pictures[index].read(_LARGEST_PICTURE))
-        except DataError as error:  # it was whole when the source was opened
-            hint = "the data changed while it was in use; start again"
-            raise DataError(f"{self.name}: {self.keys[index]}: {error.what}", hint) from error
+            picture = row["row"] if "row" in row else Piece(row["path"], row["offset"], row["size"])
+            content, reason = _read(picture, self._table), "other bytes"
+        except DataError as error:
+            content, reason = None, error.what
+        if content is None or sha256(content) != row["sha256"]:
+            raise DataError(
+                f"{self.name}: {row['key']} changed since it was examined ({reason})",
+                f"bring it back, or remove {self.folder} so that the data are examined again",
+            )
+        return open_image(content)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self._captions[index]
+        return tuple(self._row(index)["captions"])
 
+    def skipped(self) -> Iterator[tuple[str, str]]:
+        with open(self.folder / ROWS, encoding="utf-8", newline="\n") as rows:
+            for row in map(json.loads, rows):
+                if "fault" in row:
+                    yield row["key"], row["fault"]
 
-def _examine(row: _Row) -> tuple[str, ...] | str:
-    """The captions of a row that can be used, or the reason why it cannot."""
-    try:
-        open_image(row.picture.read(_LARGEST_PICTURE))
-    except DataError as error:
-        return error.what
-    except OSError as error:
-        return error.strerror or str(error)
-    if row.caption is None:
-        return ()
-    try:
-        text = row.caption.read(_LARGEST_CAPTION).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        return f"caption is not UTF-8 (byte {error.start})"
-    except DataError as error:
-        return f"caption: {error.what}"
-    except OSError as error:
-        return f"caption: {error.strerror or error}"
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    def _row(self, index: int) -> dict[str, Any]:
+        with open(self.folder / ROWS, "rb") as rows:  # no file that stays open: its place would be shared by processes
+            rows.seek(self._lines[index])
+            return json.loads(rows.readline())
 
 
 class Part(Source):
-    """Some rows of another source."""
+    """Some rows of another source, in their order. Memory: 8 bytes a row.
 
-    def __init__(self, source: Source, indices: Sequence[int], skipped: Sequence[tuple[str, str]], name: str):
-        keys = [source.keys[index] for index in indices]
-        super().__init__(name, source.size, keys, skipped, len(indices) + len(skipped))
-        self._source, self._indices = source, list(indices)
+    Args:
+        faulty: those that the other source skips are listed and skipped here.
+        reason: why the rows that are left out cannot be used, so that they too are listed and skipped here; "" where
+            they belong to another part.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, name: str, faulty: bool, reason: str = ""):
+        listed = len(indices)
+        listed += source.listed - len(source) if faulty else 0
+        listed += len(source) - len(indices) if reason else 0
+        super().__init__(name, source.size, len(indices), listed, source.strays if faulty else ())
+        self._source, self._indices, self._faulty, self._reason = source, indices, faulty, reason
+
+    def key(self, index: int) -> str:
+        return self._source.key(int(self._indices[index]))
+
+    def digest(self, index: int) -> str:
+        return self._source.digest(int(self._indices[index]))
+
+    def about(self, index: int) -> About:
+        return self._source.about(int(self._indices[index]))
 
     def image(self, index: int) -> Tensor:
-        return self._source.image(self._indices[index])
+        return self._source.image(int(self._indices[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self._source.captions(self._indices[index])
+        return self._source.captions(int(self._indices[index]))
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        return self._source.images([self._indices[index] for index in indices])
+        return self._source.images([int(self._indices[index]) for index in indices])
+
+    def skipped(self) -> Iterator[tuple[str, str]]:
+        if self._faulty:
+            yield from self._source.skipped()
+        if self._reason:
+            for index in np.setdiff1d(np.arange(len(self._source)), self._indices, assume_unique=True).tolist():
+                yield self._source.key(index), self._reason
 
 
-def open_source(name: str, size: int, seed: int = 0) -> Source:
+# ------------------------------------------------------------------------------------------------------ opening
+
+
+def open_source(name: str, size: int, seed: int = 0, folder: Path | None = None, threads: int = 4) -> Source:
     """The source that `name` means, recognised by what it is; squared pictures will have `size` pixels a side.
 
     - `scenes`, `scenes:val`, `scenes:train:500`: the embedded scenes of that split; `seed` draws other ones.
-    - a folder: its pictures, also those in folders below, each with the `.txt` of the same stem as its captions, one
-      a line. Hidden names are passed over; linked folders are not entered. A folder of nothing but `.tar` is shards.
-    - `shards-{000..009}.tar`, `a.tar`, `*.tar`: WebDataset; the name of a member up to its first dot binds a picture
-      and its `.txt`. Nothing is extracted.
+    - a folder, a listing, COCO captions, WebDataset tars: see `dvae.listing`.
+    - Parquet files, data sets of the Hugging Face Hub: see `dvae.tables`.
+    - a folder that holds a manifest, as `dalle check` writes it: the rows that were examined then.
+
+    Args:
+        folder: keeps the manifest. Where it already holds a whole one of this name, its rows are taken and nothing is
+            examined, whatever has come since. None: a temporary folder, as long as the source lives.
+        threads: pictures examined at a time; any number gives the same rows.
 
     Raises:
-        DataError: there is no such source.
+        DataError: there is no such source, or it cannot be read at all.
+        UserError: it names no column of pictures.
     """
     if name == "scenes" or name.startswith("scenes:"):
         return _open_scenes(name, size, seed)
-    path = Path(name)
-    if path.is_dir():
-        rows = sorted(_list_folder(path.resolve()), key=lambda row: row.key)
-        shards = sorted(path.glob("*.tar"))
-        return Files(name, size, rows if rows or not shards else _list_shards(shards))
-    if name.endswith(".tar"):
-        return Files(name, size, _list_shards(_expand(name)))
-    if path.exists():
-        raise DataError(f"{name} is no data source", UNDERSTOOD)
-    raise DataError(f"no such data source: {name}", UNDERSTOOD)
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix="dvae-"))
+        try:
+            source = _open_files(name, size, folder, threads)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        weakref.finalize(source, _remove, folder, os.getpid())
+        return source
+    return _open_files(name, size, Path(folder), threads)
+
+
+def examined(folder: Path, name: str) -> bool:
+    """Whether `folder` holds a whole manifest of the source `name`."""
+    manifest = _manifest(folder)
+    return manifest is not None and manifest["name"] == printable(name)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest in a folder, if there is one and it is whole."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        whole = all(sha256_file(folder / file) == manifest["sha256"][file] for file in (ROWS, USABLE))
+        return manifest if whole and manifest["format"] == _FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def clean(caption: str) -> str:
+    """A caption on one line: control characters and runs of white space are single spaces; no byte order marks."""
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", caption.replace("\ufeff", "")).split())
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # not in a forked child
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _open_scenes(name: str, size: int, seed: int) -> Source:
@@ -226,140 +304,184 @@ def _open_scenes(name: str, size: int, seed: int) -> Source:
     return Scenes(name, size, split, int(found[2] or SCENE_COUNTS[split]), seed)
 
 
-def _list_folder(root: Path) -> Iterator[_Row]:
-    folders = [root]
-    while folders:
-        folder = folders.pop()
-        for path in folder.iterdir():
-            if path.name.startswith("."):
-                continue
-            key = path.relative_to(root).as_posix()
-            if path.suffix.lower() in SUFFIXES:
-                caption = path.with_suffix(".txt")
-                written = caption.exists() or caption.is_symlink()
-                yield _Row(key, _file(path, root), _file(caption, root) if written else None)
-            elif path.is_dir() and path.is_symlink():
-                yield _Row(key, _Piece(path, fault="a linked folder is not entered"))
-            elif path.is_dir():
-                folders.append(path)
-
-
-def _file(path: Path, root: Path) -> _Piece:
-    try:
-        target = path.resolve(strict=True)
-        status = target.stat()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        reason = error.strerror if isinstance(error, OSError) else "a loop of links"
-        return _Piece(path, fault=f"cannot be read ({reason})")
-    if not target.is_relative_to(root):
-        return _Piece(path, fault="a link that leads out of the folder")
-    if not stat.S_ISREG(status.st_mode):  # reading a FIFO would wait for ever
-        return _Piece(path, fault="a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file")
-    return _Piece(path, size=status.st_size)
-
-
-def _expand(pattern: str) -> list[Path]:
-    """The shards that a pattern means: `{000..009}` and `{a,b}` name files that must exist, `*` those that do."""
-    choices = []
-    for text in re.split(r"(\{[^{}]*\})", pattern):
-        span = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", text)
-        if span:
-            choices.append([f"{n:0{len(span[1])}d}" for n in range(int(span[1]), int(span[2]) + 1)])
+def _open_files(name: str, size: int, folder: Path, threads: int) -> Files:
+    if not examined(folder, name):
+        if (checked := _manifest(Path(name))) is not None:
+            _copy_manifest(Path(name), checked, name, folder)
         else:
-            choices.append(text[1:-1].split(",") if text.startswith("{") else [text])
-    shards = []
-    for name in map("".join, itertools.product(*choices)):
-        found = [name] if os.path.exists(name) else sorted(glob(name))
-        if not found:
-            raise DataError(f"no such data source: {name}", UNDERSTOOD)
-        shards += map(Path, found)
-    return shards
+            _examine_all(name, folder, threads)
+    tabled = json.loads((folder / MANIFEST).read_text())["table"]
+    return Files(name, size, folder, None if tabled is None else _open_table(tabled))
 
 
-def _list_shards(shards: Sequence[Path]) -> list[_Row]:
-    """Every picture in every shard, and one row without a picture for each shard with a fault."""
-    shards = [shard.absolute() for shard in shards]
-    folder = os.path.commonpath([shard.parent for shard in shards])
-    rows: dict[str, _Row] = {}
-    for shard in shards:
-        name = shard.relative_to(folder).as_posix()
-        members, fault = _index(shard)
-        captions = {_stem(member): piece for member, piece in members if _suffix(member) == ".txt"}
-        for member, piece in members:
-            if _suffix(member) in SUFFIXES:
-                key = f"{name}/{member}"
-                if key in rows:
-                    key, piece = f"{key} at byte {piece.offset}", _Piece(shard, fault="a second member of this name")
-                rows[key] = _Row(key, piece, captions.get(_stem(member)))
-        if fault:
-            rows[name] = _Row(name, _Piece(shard, fault=fault))
-    return list(rows.values())
+def _examine_all(name: str, folder: Path, threads: int) -> None:
+    listing, table = list_rows(name), None
+    if listing is None:
+        table = _open_table(name)
+        if table is None:
+            there = Path(name).exists()
+            raise DataError(f"{name} is no data source" if there else f"no such data source: {name}", UNDERSTOOD)
+        listing = Listing(table.rows(), table.strays)
+    _write_manifest(name, listing, table, folder, threads)
 
 
-# WebDataset's reading of a name: the sample is the path up to the first dot of its last part.
+def _copy_manifest(source: Path, manifest: dict[str, Any], name: str, folder: Path) -> None:
+    """The manifest of `source` in `folder`, which keeps it whatever becomes of the other."""
+    for file in (ROWS, USABLE):
+        with replacing(folder / file) as target, open(source / file, "rb") as content:
+            shutil.copyfileobj(content, target)
+    write_json(folder / MANIFEST, {**manifest, "name": printable(name)})
 
 
-def _stem(member: str) -> str:
-    folder, slash, base = member.rpartition("/")
-    return folder + slash + base.partition(".")[0]
+def _open_table(name: str) -> "Table | None":
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and not Path(name).exists()
+    if not (hub or Path(name).is_dir() or name.lower().endswith(".parquet")):
+        return None
+    from dvae.tables import open_table  # seconds, which only tables should cost
+
+    return open_table(name)
 
 
-def _suffix(member: str) -> str:
-    return member[len(_stem(member)) :].lower()
+def _write_manifest(name: str, listing: Listing, table: "Table | None", folder: Path, threads: int) -> None:
+    """Examine the rows of a listing, in `threads` at a time, and write what was seen.
+
+    rows.jsonl has one object per listed row, in order; usable.bin where the line of each usable one begins (int64);
+    manifest.json, written last, what makes them whole.
+    """
+    listed = used = 0
+    with (
+        replacing(folder / ROWS) as rows,
+        replacing(folder / USABLE) as usable,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        seen = _in_order(pool, lambda row: _examine(row, table), listing.rows, _AHEAD * threads)
+        for row in tqdm(seen, desc="examining pictures", unit="", leave=False, delay=1):
+            listed += 1
+            if "fault" not in row:
+                used += 1
+                usable.write(struct.pack("<q", rows.tell()))
+            # a file's name may have bytes that are no UTF-8: as an escape of JSON they survive
+            rows.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+    manifest = {"format": _FORMAT, "name": printable(name), "listed": listed, "used": used}
+    manifest["table"] = None if table is None else name
+    manifest |= {"strays": listing.strays, "sha256": {file: sha256_file(folder / file) for file in (ROWS, USABLE)}}
+    write_json(folder / MANIFEST, manifest)
 
 
-def _index(shard: Path) -> tuple[list[tuple[str, _Piece]], str]:
-    """Where each member of a tar lies, and what is wrong with the tar (or nothing). A cut tar gives what is whole."""
-    members: list[tuple[str, _Piece]] = []
-    if not shard.is_file():
-        return members, "not a regular file"
+def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], U], items: Iterable[T], ahead: int) -> Iterator[U]:
+    """`work` of each item, in the order of the items; at most `ahead` of them are in memory."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) == ahead:
+            yield waiting.popleft().result()
+    for future in waiting:
+        yield future.result()
+
+
+def _examine(row: Row, table: "Table | None") -> dict[str, Any]:
+    """A row as the manifest has it: all that is known of a usable one, or why it is none."""
     try:
-        with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            end, reached = shard.stat().st_size, -1
-            while member := tar.next():
-                if member.offset <= reached or member.size < 0:  # a header that points back would never end
-                    return members, f"damaged at byte {member.offset}"
-                if member.offset_data + member.size > end:
-                    return members, f"truncated at byte {end}"
-                fault = "" if member.isreg() and not member.issparse() else "not a regular member"
-                members.append((member.name, _Piece(shard, member.offset_data, member.size, fault)))
-                reached, tar.members = member.offset, []  # else the library remembers every header
-            # it stops without a word at a damaged header; a whole tar ends with a block of zeros
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                return members, f"truncated or damaged at byte {tar.offset}"
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        return members, f"not a whole plain tar ({error})"
-    return members, ""
+        if row.fault:
+            raise DataError(row.fault, "")
+        content = _read(row.picture, table)
+        about = examine(content)
+        captions = _captions(row)
+    except DataError as error:
+        return {"key": row.key, "fault": error.what}
+    if isinstance(row.picture, Piece):
+        place = {"path": row.picture.path, "offset": row.picture.offset, "size": len(content)}
+    else:
+        place = {"row": row.picture}
+    return {"key": row.key, **place, "sha256": sha256(content), **about._asdict(), "captions": captions}
+
+
+def _read(picture: Piece | int, table: "Table | None") -> bytes:
+    if isinstance(picture, Piece):
+        return picture.read(_LARGEST_PICTURE)
+    content = table.read(picture)
+    if len(content) > _LARGEST_PICTURE:
+        raise DataError(f"too large: {len(content):,} bytes", "")
+    return content
+
+
+def _captions(row: Row) -> list[str]:
+    """The captions of a row, cleaned, those that say nothing left out; DataError where one cannot be used."""
+    captions = list(row.captions)
+    try:
+        if row.caption is not None:
+            captions += io.StringIO(row.caption.read(_LARGEST_CAPTION).decode(), newline=None)
+        size = max((len(caption.encode()) for caption in captions), default=0)
+    except UnicodeDecodeError as error:
+        raise DataError(f"caption is not UTF-8 (byte {error.start})", "") from error
+    except UnicodeEncodeError as error:
+        raise DataError(f"caption is not Unicode (half a surrogate pair at character {error.start})", "") from error
+    except DataError as error:
+        raise DataError(f"caption: {error.what}", "") from error
+    if size > _LARGEST_CAPTION:
+        raise DataError(f"caption: too large: {size:,} bytes", "")
+    return [caption for caption in map(clean, captions) if caption]
+
+
+# ------------------------------------------------------------------------------------------------------ using
 
 
 def check_share(source: Source, max_bad: float = 0.01) -> None:
     """Raise DataError where nothing is usable, or where more than the share `max_bad` of what is listed is not."""
-    bad = len(source.skipped)
-    example = "e.g. {}: {}".format(*source.skipped[0]) if bad else "there are no pictures"
-    hint = "mend or remove these files, or raise max_bad" if bad else UNDERSTOOD
+    bad = source.listed - len(source)
+    if bad:
+        example, hint = "e.g. {}: {}".format(*next(source.skipped())), "mend or remove these files, or raise max_bad"
+    else:
+        example, hint = f"e.g. {source.strays[0]}" if source.strays else "there are no pictures", UNDERSTOOD
     if not len(source):
         raise DataError(f"{source.name}: 0 usable of {source.listed} listed, {example}", hint)
     if bad / source.listed > max_bad:
         raise DataError(f"{source.name}: {bad} of {source.listed} files cannot be used, {example}", hint)
 
 
-def split(source: Source, share: float) -> tuple[Source, Source]:
-    """(training, validation), about `share` of the rows in the second. A row's side depends on its key alone.
+def split(source: Source, share: float, hold_out: str | None = None) -> tuple[Source, Source]:
+    """(training, validation), about `share` of the rows in the second, or just those that `hold_out` matches.
+
+    By share, a row's side depends on the bytes of its picture alone: other rows that come or go do not move it, and
+    copies of a picture are on one side.
+
+    Args:
+        hold_out: a regular expression; rows with a caption that it matches from end to end are validated on.
 
     Raises:
-        DataError: there are fewer than two rows to share out.
+        DataError: there are fewer than two different pictures, or nothing is left for one of the sides.
+        UserError: `hold_out` is no regular expression.
     """
-    if len(source) < 2:
-        raise DataError(f"{source.name}: {len(source)} rows cannot be split", "give more pictures")
-    places = [seeds.key("split", key) / 2**63 for key in source.keys]
-    ranked = sorted(range(len(source)), key=places.__getitem__)
-    count = min(max(sum(place < share for place in places), 1), len(source) - 1)
-    validation, training = sorted(ranked[:count]), sorted(ranked[count:])
+    held = _by_share(source, share) if hold_out is None else _by_caption(source, hold_out)
     return (
-        Part(source, training, source.skipped, f"{source.name} (training part)"),
-        Part(source, validation, [], f"{source.name} (validation part)"),
+        Part(source, np.flatnonzero(~held), f"{source.name} (training part)", faulty=True),
+        Part(source, np.flatnonzero(held), f"{source.name} (validation part)", faulty=False),
     )
+
+
+def _by_share(source: Source, share: float) -> np.ndarray:
+    count = len(source)
+    places = np.fromiter((seeds.key("split", source.digest(index)) / 2**63 for index in range(count)), float, count)
+    if count == 0 or places.min() == places.max():
+        what = f"{count} rows" + (" of one picture" if count > 1 else "")
+        raise DataError(f"{source.name}: {what} cannot be split", "give more pictures")
+    # at least the lowest place is below the bound, and never the highest
+    return places < np.clip(share, np.nextafter(places.min(), 1), places.max())
+
+
+def _by_caption(source: Source, expression: str) -> np.ndarray:
+    try:
+        matches = re.compile(expression).fullmatch
+    except re.error as error:
+        raise UserError(
+            f"hold_out is no regular expression: {error}", 'write one as in Python, such as "(red|blue) car"'
+        ) from error
+    count = len(source)
+    held = np.fromiter((any(map(matches, source.captions(index))) for index in range(count)), bool, count)
+    if held.all() or not held.any():
+        which = "every" if count and held.all() else "no"
+        raise DataError(f"{source.name}: hold_out matches a caption of {which} row", "let it match some of them whole")
+    return held
 
 
 def order(seed: int, epoch: int, length: int) -> np.ndarray:

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from dvae import lit, seeds
+from dvae import artefact, lit, seeds
 from dvae.codebook import usage
-from dvae.data import Source, check_share, open_source, split
+from dvae.data import MANIFEST, Source, check_share, examined, open_source, split
 from dvae.errors import UserError, warn
 from dvae.images import augment, grid, to_uint8
 from dvae.model import DVAE, DVAEConfig, load
@@ -46,15 +46,18 @@ class ImageData(lit.Data):
     """The pictures of a training.
 
     Args:
-        source: where they are: scenes:train, a folder, or WebDataset tars.
+        source: where they are: scenes:train, a folder, a listing, tars, Parquet files, a Hub data set.
         val: another such source for validation; null splits `val_share` off the first one.
-        val_share: share of the rows that is validated on where `val` is null, chosen by a digest of their names.
+        val_share: share of the rows that is validated on where `val` is null, chosen by a digest of their bytes.
+        hold_out: a regular expression; the rows with a caption that it matches whole are validated on, instead.
         image_size: height and width that they are brought to, pixels (set by the model's config).
         batch_size: pictures per batch and device.
         workers: loading processes; 0 loads in the training process.
         augment: random crop, scale and flip as in the paper's listing 1, instead of a centred square.
         max_bad: share of unusable files up to which training starts.
         seed: set by seed_everything.
+
+    A training keeps in RUN/data what it has seen of its files; once there is a checkpoint it uses just these.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class ImageData(lit.Data):
         source: str,
         val: str | None = None,
         val_share: float = 0.05,
+        hold_out: str | None = None,
         image_size: int = 256,
         batch_size: int = 32,
         workers: int = 0,
@@ -70,20 +74,31 @@ class ImageData(lit.Data):
         seed: int = 0,
     ):
         super().__init__(batch_size, workers, seed)
-        self.source, self.val_source, self.val_share = source, val, val_share
+        if val is not None and hold_out is not None:
+            raise UserError("val and hold_out are both set", "validate on one of them")
+        self.source, self.val_source, self.val_share, self.hold_out = source, val, val_share, hold_out
         self.image_size, self.augmented, self.max_bad = image_size, augment, max_bad
 
     def setup(self, stage: str) -> None:
-        train = open_source(self.source, self.image_size)
-        check_share(train, self.max_bad)
+        run = lit.run_folder(self.trainer)
+        folder = run / "data"
+        if stage == "fit" and not any((run / "checkpoints").glob("*.ckpt")):  # files may have been mended since
+            for seen in (folder, folder / "val"):
+                (seen / MANIFEST).unlink(missing_ok=True)
+        train = self.open(self.source, folder, stage)
         if self.val_source is None:
-            train, val = split(train, self.val_share)
+            train, val = split(train, self.val_share, self.hold_out)
         else:
-            val = open_source(self.val_source, self.image_size)
-            check_share(val, self.max_bad)
+            val = self.open(self.val_source, folder / "val", stage)
         train.images([0])  # scenes are drawn here, once, not in each loading process
         self.train = Pictures(train, self.image_size, self.seed, self.augmented)
         self.val = Pictures(val, self.image_size, self.seed, augmented=False)
+
+    def open(self, name: str, folder: Path, stage: str) -> Source:
+        kept = stage == "fit" or examined(folder, name)  # a validation on other data leaves the training's alone
+        source = open_source(name, self.image_size, 0, folder if kept else None)
+        check_share(source, self.max_bad)
+        return source
 
 
 @dataclass(frozen=True)
@@ -139,8 +154,10 @@ class LitDVAE(lit.Lit):
         self.straight_through, self.revival = straight_through, revival
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = DVAE(config)
+        self.started_from: str | None = None
         if init_from is not None:
             start = load(init_from)
+            self.started_from = artefact.digest(artefact.find(init_from, DVAE.kind))
             if start.config != config:
                 raise UserError(
                     f"{init_from} has another architecture than this config", f"use its own config: {start.config}"
@@ -258,7 +275,9 @@ class LitDVAE(lit.Lit):
         }
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
-        self.model.save(folder, about)
+        # lets a transformer of that tokenizer go on with the tokens of this one
+        lineage = {} if self.started_from is None else {"started_from": self.started_from}
+        self.model.save(folder, about | lineage)
 
 
 class Command(lit.Command):

@@ -24,9 +24,9 @@ def test_used_and_skipped_make_up_what_is_listed(folder):
     pairs = open_pairs(str(folder), 8, max_bad=0.5)
     assert [pairs.captions(index) for index in range(len(pairs))] == [("one",), ("two", "zwei"), ("three",)]
     assert torch.equal(pairs.images([2])[0], torch.full((3, 8, 8), 64, dtype=torch.uint8))
-    reasons = {name.rsplit("/", 1)[-1]: reason for name, reason in pairs.skipped}
+    reasons = {name.rsplit("/", 1)[-1]: reason for name, reason in pairs.skipped()}
     assert len(reasons) == 3 and sum(reason == "no caption" for reason in reasons.values()) == 2
-    assert pairs.listed == 6 == len(pairs) + len(pairs.skipped)
+    assert pairs.listed == 6 == len(pairs) + len(reasons)
 
 
 def test_pictures_without_caption_count_as_bad(folder):
@@ -42,5 +42,5 @@ def test_no_caption_at_all_is_refused(tmp_path):
 
 def test_scenes_are_pairs_throughout():
     pairs = open_pairs("scenes:train:64", 32)
-    assert len(pairs) == pairs.listed == 64 and pairs.skipped == []
+    assert len(pairs) == pairs.listed == 64 and list(pairs.skipped()) == []
     assert pairs.captions(5) == scenes.captions("train", 5)
