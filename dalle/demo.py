@@ -36,7 +36,14 @@ TRIED_CANDIDATES = 8  # enough to choose by, at half the cost
 FIRST_REPORTED, FIRST_CHOSEN_ON = 1000, 500  # indices in each split; the first 500 of val validate the trainings
 
 
-def demo(out: str, seed: int, quick: bool) -> None:
+def demo(out: str = "runs/demo", seed: int = 0, quick: bool = False) -> None:
+    """Train both stages on drawn scenes, from nothing to ranked pictures, and say how many are true.
+
+    Args:
+        out: folder for everything that is made; it must not hold a demo yet.
+        seed: of the whole demo.
+        quick: a minute's run that shows every step but learns little.
+    """
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{out} is not empty", "choose another folder with --out, or remove that one")

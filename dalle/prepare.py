@@ -4,11 +4,14 @@ The folder holds all that `dalle fit` needs and is the only thing it reads: trai
 copy of the image tokenizer in dvae/, and prepared.json, written last.
 """
 
+import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -21,37 +24,37 @@ from dvae.errors import ArtefactError, DataError, UserError
 from dvae.model import DVAE, load
 
 MANIFEST = "prepared.json"
+LONGEST = 256  # text ids of the paper
 UNFINISHED = "unfinished"  # marks a folder as ours to clear, until it is whole
 
 
-def vocab(data: str, out: str, size: int = 16384, length: int = 256, max_bad: float = 0.01) -> None:
+def vocab(
+    data: str, out: str = "text.json", size: int = 16384, length: int | None = None, max_bad: float = 0.01
+) -> None:
     """Learn a byte-level BPE vocabulary from the captions of a data source.
 
     Args:
-        data: any data source: scenes, a folder, tars.
-        out: the file to write, usually text.json.
-        size: ids, the bytes included (256 at the least).
-        length: text ids per caption; longer captions are cut.
+        data: any data source: scenes:train, a folder, a listing, tars, Parquet files, a Hub data set.
+        out: the file to write.
+        size: ids, the 256 bytes included; there are fewer where the captions have no more to merge.
+        length: text ids per caption, longer captions are cut; null: as many as 99 % of the captions need, at most 256.
         max_bad: share of rows without picture or caption up to which the work is done.
     """
     pairs = open_pairs(data, size=8, max_bad=max_bad)
-    captions = [caption for index in range(len(pairs)) for caption in pairs.captions(index)]
-    text = Text.train(captions, size, length)
-    lengths = text.lengths(captions)
+    text = learn(pairs, size, length)
     files.write_bytes(out, text.to_json().encode())
-    print(
-        f"{len(captions)} captions, {text.vocab_size} ids; longest {int(lengths.max())} of {length} ids, "
-        f"{int((lengths > length).sum())} will be cut\nwrote {out}"
-    )
+    print(f"{describe(text, pairs)}\nwrote {out}")
 
 
 def prepare(
     data: str,
-    dvae: str,
-    text: str,
-    out: str,
+    dvae: str = "",
+    text: str | None = None,
+    out: str = "tokens",
     val: str | None = None,
     val_share: float = 0.05,
+    hold_out: str | None = None,
+    size: int = 16384,
     length: int | None = None,
     batch: int = 64,
     max_bad: float = 0.01,
@@ -59,28 +62,36 @@ def prepare(
     """Turn pictures and captions into token files for `dalle fit`.
 
     Args:
-        data: any data source: scenes:train, a folder, tars.
+        data: any data source: scenes:train, a folder, a listing, tars, Parquet files, a Hub data set.
         dvae: run folder or artefact folder of the image tokenizer.
-        text: the vocabulary: a file that `dalle vocab` wrote, or any tokenizer.json.
+        text: the vocabulary: a file that `dalle vocab` wrote, or any tokenizer.json; null: one is learned from the
+            training captions, of `size` ids at most.
         out: the folder to write; it must be empty, or what an interrupted call has left.
-        val: another source to validate on; without it a share of `data` is set aside.
-        val_share: that share, chosen by a digest of the rows' names.
-        length: text ids per caption, where the vocabulary is a tokenizer.json that does not say.
+        val: another source to validate on; without it a part of `data` is set aside.
+        val_share: its share, chosen by a digest of the pictures' bytes.
+        hold_out: a regular expression; the rows with a caption that it matches whole are set aside, instead.
+        size: ids of a vocabulary that is learned here.
+        length: text ids per caption, in place of what the vocabulary says or of what 99 % of the captions need.
         batch: pictures encoded at a time.
         max_bad: share of unusable rows up to which the work is done.
     """
     folder = Path(out)
     if folder.exists() and not (folder / UNFINISHED).exists() and any(folder.iterdir()):
         raise UserError(f"{out} is not empty", "choose another --out, or remove that folder")
+    if val is not None and hold_out is not None:
+        raise UserError("val and hold_out are both set", "validate on one of them")
+    if not dvae:
+        raise UserError("no image tokenizer is given", "name the run of stage 1: --dvae RUN")
     if batch < 1:
         raise UserError(f"batch is {batch}", "encode 1 picture or more at a time")
-    words = Text.from_file(text, length)
-    size = load(dvae).config.image_size
-    train = open_pairs(data, size, max_bad)
+    words = None if text is None else Text.from_file(text, length)
+    pixels = load(dvae).config.image_size
+    train = open_pairs(data, pixels, max_bad)
     if val is None:
-        train, held = split(train, val_share)
+        train, held = split(train, val_share, hold_out)
     else:
-        held = open_pairs(val, size, max_bad)
+        held = open_pairs(val, pixels, max_bad)
+    words = words or learn(train, size, length)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED).touch()
     for part in ("train", "val", "dvae"):
@@ -89,13 +100,10 @@ def prepare(
     tokenizer = load(folder / "dvae")  # the copy, for a training that goes on replaces the other
     for part, pairs in (("train", train), ("val", held)):
         _encode(tokenizer, pairs, folder / part, batch)
-        for name, reason in pairs.skipped:
+        for name, reason in pairs.skipped():
             print(f"skipped {name}: {reason}")
-        print(f"{part}: {pairs.listed} listed, {len(pairs)} used, {len(pairs.skipped)} skipped")
-    captions = [caption for index in range(len(train)) for caption in train.captions(index)]
-    cut = int((words.lengths(captions) > words.text_length).sum())
-    if cut:
-        print(f"{cut} of {len(captions)} captions are longer than {words.text_length} ids and will be cut")
+        print(f"{part}: {pairs.listed} listed, {len(pairs)} used, {pairs.listed - len(pairs)} skipped")
+    print(describe(words, train))
     files.write_bytes(folder / "text.json", words.to_json().encode())
     sizes = Sizes(words.vocab_size, words.text_length, tokenizer.vocab_size, tokenizer.grid)
     digest = files.sha256_file(folder / "text.json")
@@ -104,6 +112,39 @@ def prepare(
     described = {"format": 1, "sizes": asdict(sizes), "dvae": identity, "text": digest, "tokens": tokens}
     files.write_json(folder / MANIFEST, described)
     print(f"wrote {out}")
+
+
+def learn(pairs: Source, size: int, length: int | None) -> Text:
+    """A vocabulary of at most `size` ids; without a `length`, of one that holds 99 % of the captions whole."""
+    text = Text.train(captions(pairs), size, LONGEST if length is None else length)
+    if length is not None:
+        return text
+    enough = int(np.quantile(lengths(text, pairs), 0.99, method="higher"))
+    return Text(text.tokenizer, min(max(enough, 1), LONGEST))
+
+
+def describe(text: Text, pairs: Source) -> str:
+    each = lengths(text, pairs)
+    return (
+        f"{len(each)} captions, a vocabulary of {text.vocab_size} ids, {text.text_length} of them per caption; "
+        f"the longest caption has {int(each.max())}, {int((each > text.text_length).sum())} will be cut"
+    )
+
+
+def lengths(text: Text, pairs: Source) -> np.ndarray:
+    """int64: the ids of every caption before it is cut."""
+    return np.concatenate([text.lengths(some) for some in batched(captions(pairs))])
+
+
+def captions(pairs: Source) -> Iterator[str]:
+    """Every caption of every row, read one by one."""
+    for index in range(len(pairs)):
+        yield from pairs.captions(index)
+
+
+def batched(captions: Iterator[str], size: int = 10_000) -> Iterator[list[str]]:
+    while some := list(itertools.islice(captions, size)):
+        yield some
 
 
 @torch.inference_mode()

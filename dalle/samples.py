@@ -5,7 +5,6 @@ import re
 import tempfile
 import unicodedata
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -16,21 +15,40 @@ from dvae.errors import EnvironmentProblem, UserError
 from dvae.images import save
 
 
-def draw_samples(
+def sample(
     run: str,
-    prompt: str | None,
-    prompts: str | None,
-    count: int,
-    keep: int,
-    seed: int,
-    out: str,
-    settings: dict[str, Any],
+    prompt: str | None = None,
+    prompts: str | None = None,
+    count: int = 16,
+    keep: int = 4,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance: float = 1.0,
+    rerank: str = "half-pmi",
+    seed: int = 0,
+    exact: bool = False,
+    out: str = "samples",
 ) -> None:
-    """Draw for each prompt and write RUN's best pictures to `out`; nothing that exists is overwritten.
+    """Draw pictures for a prompt and keep those that the model itself ranks best; nothing that exists is overwritten.
 
     Args:
-        settings: temperature, top_k, top_p, guidance, rerank, exact of `Pipeline.__call__`.
+        run: run folder or artefact folder of stage 2.
+        prompt: what to draw.
+        prompts: a text file with one prompt a line, instead of `prompt`.
+        count: candidates per prompt.
+        keep: how many of them are written, best first.
+        temperature: above 1 more varied, below 1 more careful.
+        top_k: draw from the k most likely codes only.
+        top_p: draw from the most likely codes that together have this probability.
+        guidance: scale of classifier-free guidance; 1 is none.
+        rerank: likelihood, pmi, half-pmi, contrast or none.
+        seed: the same seed draws the same pictures.
+        exact: bit-equal pictures whatever is drawn beside them; slower.
+        out: folder for the pictures, a labelled grid and a JSON of how they were made.
     """
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+    settings |= {"rerank": rerank, "exact": exact}
     wanted = read_prompts(prompt, prompts)
     folder = Path(out)
     try:

@@ -106,7 +106,7 @@ class LitDALLE(lit.Lit):
         text_weight: of the mean text loss (the paper: 1/8).
         image_weight: of the mean image loss (the paper: 7/8).
         from_codes: share of the image embedding's and the image head's first values that comes from what the image
-            tokenizer's codes look like, from 0 (the paper) to 1; not together with `init_from`.
+            tokenizer's codes look like, from 0 (the paper) to 1; of a training that starts from nothing.
         init_from: a run or artefact to start from (fine-tuning); null starts from nothing.
         prompts: how many validation captions are drawn at each validation, four pictures each.
         checkpoint_every: updates between two writes of last.ckpt (it is also written after each validation).
@@ -135,8 +135,6 @@ class LitDALLE(lit.Lit):
         self.text_weight, self.image_weight, self.prompts = text_weight, image_weight, prompts
         if not 0 <= from_codes <= 1:
             raise UserError(f"from_codes is {from_codes}", "give a share from 0 to 1, such as 0.8")
-        if from_codes and init_from is not None:
-            raise UserError("from_codes and init_from are both set", f"set from_codes to 0 to start from {init_from}")
         self.from_codes, self.init_from = from_codes, init_from
         self.model = DALLE(config)
         if init_from is not None:
@@ -149,19 +147,24 @@ class LitDALLE(lit.Lit):
             self.model.load_state_dict(start.state_dict())
 
     def setup(self, stage: str) -> None:
-        if self.from_codes:  # a checkpoint, if there is one, is read after this
+        if self.from_codes and self.init_from is None:  # a checkpoint, if there is one, is read after this
             codes = load_dvae(self.trainer.datamodule.prepared.dvae).codes()
             self.model.start_from_codes(codes, self.from_codes, seeds.generator(self.seed, "codes"))
 
     def on_fit_start(self) -> None:
         if self.init_from is None:
             return
-        prepared = self.trainer.datamodule.prepared
-        same_dvae = self.started_from.parts["dvae"].name.endswith(artefact.digest(prepared.dvae)[:12])
-        if not same_dvae or self.started_from.files["text"] != prepared.text.to_json():
+        prepared, known = self.trainer.datamodule.prepared, self.started_from.parts["dvae"]
+        tokenizer = artefact.verify(prepared.dvae)
+        if artefact.digest(known) not in (tokenizer["digest"], tokenizer["about"].get("started_from")):
             raise UserError(
-                f"{prepared.folder} was prepared with another image tokenizer or vocabulary than {self.init_from}",
-                f"prepare the tokens with --dvae and --text of {self.init_from}",
+                f"{prepared.folder} was prepared with another image tokenizer than {self.init_from} draws with",
+                f"prepare the tokens with --dvae {known}, or with one that was trained on from it (--init_from)",
+            )
+        if self.started_from.files["text"] != prepared.text.to_json():
+            raise UserError(
+                f"{prepared.folder} was prepared with another vocabulary than {self.init_from}",
+                f"prepare the tokens with the vocabulary that {self.init_from} was trained with (--text)",
             )
 
     def step(self, batch: dict[str, Any], update: int, batch_index: int) -> tuple[Tensor, dict[str, Tensor | float]]:

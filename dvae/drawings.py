@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -77,8 +78,36 @@ def bars(values: Tensor, height: int = 120, width: int = 640) -> Tensor:
     return torch.where(filled[None], ink[:, None, None], paper[:, None, None]).to(torch.uint8)
 
 
-def codebook_report(run: str, data: str, out: str, count: int) -> list[Path]:
-    """Count a tokenizer's codes over at most `count` pictures and draw what they paint; returns what was written."""
+def reconstruct(run: str, images: str, out: str = "out", count: PositiveInt = 32) -> None:
+    """Encode pictures, decode them, and write a grid: each original beside its reconstruction.
+
+    Args:
+        run: a run folder or an artefact folder of stage 1.
+        images: any data source: scenes:val, a folder, a listing, tars, Parquet files, a Hub data set.
+        out: folder to write reconstructions.png to.
+        count: how many pictures.
+    """
+    model = load(run)
+    source = open_source(images, model.config.image_size)
+    check_share(source, max_bad=1)
+    originals = source.images(range(min(count, len(source)))).float() / 255
+    with torch.inference_mode():
+        decoded = model.decode(model.encode(originals))
+    path = Path(out) / "reconstructions.png"
+    save(grid(to_uint8(torch.stack([originals, decoded], 1).flatten(0, 1)), columns=8), path)
+    psnr = (-10 * (decoded - originals).square().mean((1, 2, 3)).clamp_min(1e-10).log10()).mean()
+    print(f"PSNR {psnr:.2f} dB over {len(originals)} pictures; pairs of original and reconstruction\nwrote {path}")
+
+
+def codebook_report(run: str, data: str, out: str = "out", count: PositiveInt = 2000) -> None:
+    """Count the codes over a data source and draw what each one paints.
+
+    Args:
+        run: a run folder or an artefact folder of stage 1.
+        data: any data source: scenes:val, a folder, a listing, tars, Parquet files, a Hub data set.
+        out: folder to write atlas.png, alone.png, usage.png and codebook.json to.
+        count: at most this many pictures are looked at.
+    """
     model = load(run)
     source = open_source(data, model.config.image_size)
     check_share(source, max_bad=1)
@@ -100,4 +129,5 @@ def codebook_report(run: str, data: str, out: str, count: int) -> list[Path]:
     files.write_json(folder / "codebook.json", numbers)
     print(f"{seen.used:.1%} of {model.vocab_size} codes in use over {len(images)} pictures")
     print(f"perplexity {seen.perplexity:.1f}")
-    return [folder / name for name in ("atlas.png", "alone.png", "usage.png", "codebook.json")]
+    for name in ("atlas.png", "alone.png", "usage.png", "codebook.json"):
+        print(f"wrote {folder / name}")

@@ -15,11 +15,12 @@ PACKAGES = ("dvae", "dalle")
 
 # Every room may import the rooms before it, and no other.
 ROOMS = """
-    dvae.errors dvae.files dvae.seeds dvae.schedules dvae.images dvae.scenes dvae.data dvae.likelihood dvae.quantize
-    dvae.artefact dvae.model dvae.codebook dvae.drawings dvae.evaluate dvae.commands dvae.lit dvae.train
-    dvae.__main__
+    dvae.errors dvae.files dvae.seeds dvae.schedules dvae.images dvae.scenes dvae.listing dvae.tables dvae.data
+    dvae.likelihood dvae.quantize dvae.artefact dvae.model dvae.codebook dvae.drawings dvae.evaluate dvae.commands
+    dvae.lit dvae.train dvae.__main__
     dalle.layout dalle.text dalle.tokens dalle.pairs dalle.model dalle.sampling dalle.rerank dalle.pipeline
-    dalle.samples dalle.prepare dalle.evaluate dalle.optim dalle.train dalle.demo dalle.__main__
+    dalle.samples dalle.prepare dalle.check dalle.evaluate dalle.compare dalle.optim dalle.train dalle.demo
+    dalle.__main__
 """.split()
 WITH_LIGHTNING = {"dvae.lit", "dvae.train", "dalle.train"}
 MAY_BRING_LIGHTNING = WITH_LIGHTNING | {"dalle.demo"}  # it trains

@@ -29,7 +29,7 @@ SMALL = {
 @pytest.fixture
 def data(tiny_tokens) -> dict[str, list[str]]:
     return {
-        "dvae": ["--data.source=scenes:train:8", "--data.val=scenes:val:4"],
+        "dvae": ["--data.source=scenes:train:8", "--data.val=scenes:val:4", "--data.hold_out=null"],
         "dalle": [f"--data.tokens={tiny_tokens}"],
     }
 

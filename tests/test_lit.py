@@ -20,6 +20,7 @@ import yaml
 import dalle.__main__
 import dvae.__main__
 import dvae.train
+from dalle.prepare import prepare
 from dalle.train import LitDALLE
 from dvae import artefact, lit
 from dvae.errors import ArtefactError, UserError
@@ -569,6 +570,29 @@ def test_init_from_starts_from_an_artefact(stage, new, monkeypatch):
     assert other()[0] == 4
 
 
+def test_both_stages_are_fine_tuned_on_other_pictures(new, tmp_path, tiny_tokens):
+    vocabulary = str(tiny_tokens / "text.json")
+    grown, tuned, stranger = (new("dvae", name) for name in ("grown", "tuned", "stranger"))
+    first, second = new("dalle", "first"), new("dalle", "second")
+    for run in (grown, tuned, stranger, first, second):
+        run.config["trainer"]["max_steps"] = 2
+    stranger.config["seed_everything"] = 5
+    tuned.config["data"].update(source="scenes:heldout:24", val="scenes:heldout:8")
+    tuned.config["model"]["init_from"] = str(grown.folder)
+    for run in (grown, tuned, stranger):
+        assert run()[0] == 0
+        prepare("scenes:heldout:24", str(run.folder), vocabulary, str(tmp_path / f"tokens-{run.folder.name}"))
+    first.config["data"]["tokens"] = str(tmp_path / "tokens-grown")
+    assert first()[0] == 0
+
+    second.config["model"]["init_from"] = str(first.folder)
+    second.config["data"]["tokens"] = str(tmp_path / "tokens-stranger")
+    code, said = second()
+    assert code == 2 and "another image tokenizer" in said
+    second.config["data"]["tokens"] = str(tmp_path / "tokens-tuned")
+    assert second()[0] == 0, "its image tokenizer was trained on from the first one's"
+
+
 def test_from_codes_starts_from_what_the_codes_look_like(new, tiny_tokens, monkeypatch):
     codes, begun, real = load_dvae(tiny_tokens / "dvae").codes(), [], LitDALLE.step
 
@@ -591,9 +615,6 @@ def test_from_codes_starts_from_what_the_codes_look_like(new, tiny_tokens, monke
     run.config["model"]["from_codes"] = 1.5
     code, said = run()
     assert code == 2 and "from_codes is 1.5" in said
-    run.config["model"].update(from_codes=0.5, init_from="some/run")
-    code, said = run()
-    assert code == 2 and "both set" in said
 
 
 # ------------------------------------------------------------------------------------------------------------- extras

@@ -5,7 +5,8 @@ processes, accumulated and clipped gradients, Muon beside AdamW, averaged weight
 run is a fork of this process, in which torch and Lightning are loaded already, and dies by SIGKILL: nothing of it can
 tidy up.
 
-The whole campaign, 100 random kills per stage (about 10 minutes):
+The whole campaign, for each stage 100 runs with 1 to 3 kills at random moments and 100 with a kill inside a save whose
+temporary folder is on another file system (about half an hour):
 
     python -m pytest tests/test_resume.py -m slow
 """
@@ -14,7 +15,9 @@ import contextlib
 import hashlib
 import os
 import random
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,7 +59,7 @@ CONFIGS = {
             "revival": {"every": 2, "until": 10},
             "checkpoint_every": 4,
         },
-        "data": {"source": "scenes:train:64", "val": "scenes:val:8", "batch_size": 4, "workers": 2, "augment": True},
+        "data": {"source": "scenes:train:64", "val": "scenes:val:8", "batch_size": 4, "augment": True},
     },
     "dalle": {
         "model": {
@@ -64,16 +67,15 @@ CONFIGS = {
             "from_codes": 0.5,
             "optimiser": {**OPTIMISER, "muon": True},
         },
-        "data": {"batch_size": 4, "workers": 2, "bpe_dropout": 0.2, "caption_dropout": 0.2},
+        "data": {"batch_size": 4, "bpe_dropout": 0.2, "caption_dropout": 0.2},
     },
 }
 
 
-def fit(stage: str, run: Path, tokens: Path, precision: str) -> int:
+def fit(stage: str, run: Path, tokens: Path, precision: str, workers: int = 2) -> int:
     """`fit --ckpt_path last` in this process; returns the exit code."""
     config = {**CONFIGS[stage], "run": str(run), "trainer": {**TRAINER, "precision": precision}}
-    if stage == "dalle":
-        config["data"] = {**config["data"], "tokens": str(tokens)}
+    config["data"] = {**config["data"], "workers": workers, **({"tokens": str(tokens)} if stage == "dalle" else {})}
     path = run.parent / f"{run.name}.yaml"
     path.write_text(yaml.safe_dump(config))
     return PROGRAMS[stage](["fit", "--config", str(path), "--ckpt_path", "last"])
@@ -119,23 +121,23 @@ def before(owner: object, name: str, call: int, condition: Callable[..., bool] =
     setattr(owner, name, deadly)
 
 
-def in_the_file(save: int) -> None:
-    """Die when half of the bytes of last.ckpt are in its temporary file, at the `save`-th save."""
+def in_the_file(save: int, share: float = 0.5) -> None:
+    """Die when this share of the bytes of last.ckpt is in its temporary file, at the `save`-th save."""
     real, calls = files.replacing, iter(range(1, 10**6))
 
-    class Half:
+    class Cut:
         def __init__(self, file):
             self.file = file
 
         def write(self, content):
-            self.file.write(content[: len(content) // 2])
+            self.file.write(content[: int(len(content) * share)])
             self.file.flush()
             die()
 
     @contextlib.contextmanager
     def deadly(path) -> Iterator:
         with real(path) as file:
-            yield Half(file) if Path(path).name == "last.ckpt" and next(calls) == save else file
+            yield Cut(file) if Path(path).name == "last.ckpt" and next(calls) == save else file
 
     lit.replacing = deadly
 
@@ -267,10 +269,10 @@ def test_asked_to_stop(stage, number, tiny_tokens, uninterrupted, tmp_path):
 
 
 def killed_at_random(stage: str, precision: str, seed: int, run: Path, tokens: Path, seconds: float) -> int:
-    """A run with 1 or 2 kills at random moments, continued to its end; returns how many kills met a living run."""
+    """A run with 1 to 3 kills at random moments, continued to its end; returns how many kills met a living run."""
     chance = random.Random(f"{stage} {seed}")
     kills = 0
-    for _ in range(chance.randint(1, 2)):
+    for _ in range(chance.randint(1, 3)):
         # the first part is start-up, in which nothing can be lost
         delay = chance.uniform(0.15, 0.95) * seconds
         kills += forked(lambda: fit(stage, run, tokens, precision), delay) == -signal.SIGKILL
@@ -288,12 +290,48 @@ def test_killed_at_random(stage, precision, tiny_tokens, uninterrupted, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", PROGRAMS)
-def test_a_hundred_kills(stage, tiny_tokens, uninterrupted, tmp_path):
-    kills = seed = 0
-    while kills < 100:
+def test_a_hundred_killed_runs(stage, tiny_tokens, uninterrupted, tmp_path):
+    for seed in range(100):
         precision = ("32-true", "bf16-mixed")[seed % 2]
         expected, seconds = uninterrupted(stage, precision)
-        run = tmp_path / f"run-{seed}"
-        kills += killed_at_random(stage, precision, seed + 1000, run, tiny_tokens, seconds)
-        assert ends(run) == expected, seed
-        seed += 1
+        run, kills = tmp_path / f"run-{seed}", 0
+        while not kills:  # a run that was too fast to be met says nothing
+            shutil.rmtree(run, ignore_errors=True)
+            kills = killed_at_random(stage, precision, seed + 1000, run, tiny_tokens, seconds)
+            seconds *= 0.8
+        assert ends(run) == expected and not temporary(run), seed
+        shutil.rmtree(run)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> Iterator[Path]:
+    """The folder for temporary files, on another file system than the run."""
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        if os.stat(folder).st_dev != os.stat(tmp_path).st_dev:
+            monkeypatch.setenv("TMPDIR", folder)
+            monkeypatch.setattr(tempfile, "tempdir", folder)
+            yield Path(folder)
+            return
+    pytest.skip("this machine has no second file system to put temporary files on")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", PROGRAMS)
+def test_a_hundred_kills_inside_the_save(stage, tiny_tokens, uninterrupted, elsewhere, tmp_path):
+    for seed in range(100):
+        chance = random.Random(f"save {stage} {seed}")
+        run, save, share = tmp_path / f"run-{seed}", chance.randint(1, 6), chance.random()
+        last = run / "checkpoints" / "last.ckpt"
+
+        def killed(run=run, save=save, share=share) -> int:
+            in_the_file(save, share)  # loading processes have temporary files of their own: none here
+            return fit(stage, run, tiny_tokens, "32-true", workers=0)
+
+        assert forked(killed) == -signal.SIGKILL, seed
+        assert temporary(run) and last.exists() == (save > 1), seed
+        if last.exists():
+            lit.SafeCheckpoints().load_checkpoint(last)
+        assert forked(lambda run=run: fit(stage, run, tiny_tokens, "32-true", workers=0)) == 0
+        assert ends(run) == uninterrupted(stage, "32-true")[0], seed
+        assert not temporary(run) and not list(elsewhere.iterdir()), seed
+        shutil.rmtree(run)

@@ -81,7 +81,8 @@ def test_captions_that_will_be_cut_are_counted(tmp_path, tiny_dvae, words, capsy
     assert 0 < long < len(captions)
     prepare("scenes:train:64", str(tiny_dvae), words, str(tmp_path), val="scenes:val:8", length=length)
     out = capsys.readouterr().out
-    assert f"{long} of {len(captions)} captions are longer than {length} ids" in out
+    assert f"{len(captions)} captions, " in out and f" {length} of them per caption" in out
+    assert f" {long} will be cut" in out
     assert "train: 64 listed, 64 used, 0 skipped" in out
     assert Prepared(tmp_path).sizes.text_length == length
 
@@ -218,7 +219,8 @@ def test_vocab_learns_from_the_captions_and_says_how_long_they_are(tmp_path, cap
     lengths = text.lengths(captions)
     assert (text.vocab_size, text.text_length) == (280, 7)
     out = capsys.readouterr().out
-    assert f"{len(captions)} captions, 280 ids; longest {lengths.max()} of 7 ids" in out
+    assert f"{len(captions)} captions, a vocabulary of 280 ids, 7 of them per caption" in out
+    assert f"the longest caption has {lengths.max()}" in out
     assert f"{int((lengths > 7).sum())} will be cut" in out and (lengths > 7).any()
 
 
@@ -228,3 +230,14 @@ def test_tokens_of_another_call_are_refused(tiny_tokens, tmp_path):
     (folder / "val" / "tokens.json").write_text(json.dumps(about))  # the same words, other bytes: another call's file
     with pytest.raises(ArtefactError, match="another call"):
         Prepared(folder)
+
+
+def test_without_a_vocabulary_one_is_learned_that_holds_nearly_all_captions(tmp_path, tiny_dvae):
+    prepare("scenes:train:200", str(tiny_dvae), out=str(tmp_path / "out"), val="scenes:val:8", size=300)
+    captions = [caption for index in range(200) for caption in scenes.captions("train", index)]
+    prepared = Prepared(tmp_path / "out")
+    assert prepared.sizes.vocab_text == prepared.text.vocab_size <= 300
+    assert prepared.text.to_json() == Text.train(captions, 300, prepared.text.text_length).to_json()
+    lengths = prepared.text.lengths(captions)
+    longer = [int((lengths > length).sum()) for length in (prepared.text.text_length - 1, prepared.text.text_length)]
+    assert longer[0] > 2 >= longer[1], "one id less would cut more than 1 % of the captions"

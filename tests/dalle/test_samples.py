@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dalle.pipeline import load
-from dalle.samples import draw_samples, free_stem, read_prompts
+from dalle.samples import free_stem, read_prompts, sample
 from dvae import artefact
 from dvae.errors import EnvironmentProblem, UserError
 from dvae.images import open_image
@@ -21,7 +21,7 @@ HOSTILE = [
 
 
 def draw(run, out, prompt=None, prompts=None, count=3, keep=2, seed=4, settings=SETTINGS):
-    draw_samples(str(run), prompt, prompts, count, keep, seed, str(out), settings)
+    sample(str(run), prompt, prompts, count, keep, seed=seed, out=str(out), **settings)
 
 
 def listing(folder: Path) -> dict[str, bytes]:

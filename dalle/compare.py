@@ -1,0 +1,148 @@
+"""Drawn pictures beside the true ones and beside the nearest training pictures: learned, mixed or merely copied?
+
+For captions of the training part and of the held-out part of a data source, the best of some candidates is drawn, and
+every training picture is asked how far it is. Distance is the root mean square difference of two pictures, reduced to
+16 x 16 pixels so that a shift by a pixel counts little; 0 is equal, 1 is black against white.
+
+P captions, N candidates of each.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse.typing import PositiveInt
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from dalle import pipeline
+from dalle.pairs import open_pairs
+from dvae import files, seeds
+from dvae.data import Source, split
+from dvae.drawings import Label, sheet
+from dvae.errors import UserError
+from dvae.images import save, to_uint8
+
+SIDE = 16
+_BATCH = 512
+
+
+def compare(
+    run: str,
+    data: str,
+    out: str = "compared",
+    hold_out: str | None = None,
+    val_share: float = 0.05,
+    count: PositiveInt = 30,
+    candidates: PositiveInt = 16,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance: float = 1.0,
+    rerank: str = "half-pmi",
+    seed: int = 0,
+    max_bad: float = 0.01,
+) -> None:
+    """Draw known and held-out captions, each beside its true picture and the nearest picture of the training set.
+
+    Writes seen.png, heldout.png and compared.json.
+
+    Args:
+        run: run folder or artefact folder of stage 2.
+        data: the data source that it was trained on.
+        out: folder to write, new or empty.
+        hold_out: the expression that `dalle prepare` held captions out by; null where it set a share aside.
+        val_share: that share.
+        count: captions of either kind, chosen by chance.
+        candidates: pictures drawn for each caption; the best one is compared.
+        temperature: above 1 more varied, below 1 more careful.
+        top_k: draw from the k most likely codes only.
+        top_p: draw from the most likely codes that together have this probability.
+        guidance: scale of classifier-free guidance; 1 is none.
+        rerank: likelihood, pmi, half-pmi, contrast or none.
+        seed: another one chooses other captions and draws other pictures.
+        max_bad: share of rows that may be unusable.
+    """
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance, "rerank": rerank}
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{out} is not empty", "choose another folder with --out, or remove that one")
+    drawer = pipeline.load(run)
+    pairs = open_pairs(data, drawer.tokenizer.config.image_size, max_bad)
+    training, held = split(pairs, val_share, hold_out)
+    report: dict[str, Any] = {"run": run, "data": data, "hold_out": hold_out, "candidates": candidates, "seed": seed}
+    report |= settings
+    for name, part in (("seen", training), ("heldout", held)):
+        rows = sorted(seeds.rng("compare", seed, name).random(len(part)).argsort()[:count].tolist())
+        captions = [part.captions(row)[0] for row in rows]
+        drawn = draw(drawer, captions, candidates, seed, settings)
+        own = part.images(rows)
+        nearest, distance, ranks = measure(drawn, own, training)
+        neighbours = [training.captions(row)[0] for row in nearest]
+        with torch.inference_mode():
+            reconstructed = to_uint8(drawer.tokenizer.decode(drawer.tokenizer.encode(own.float() / 255)))
+        lines = []
+        for k, caption in enumerate(captions):
+            four = torch.stack([drawn[k], own[k], reconstructed[k], training.images([nearest[k]])[0]])
+            labels = ["drawn", f"true: place {ranks[k]}", "reconstructed", f"nearest: {distance[k]:.2f}"]
+            lines.append((f"{caption}  (nearest: {neighbours[k]})", four, [Label(text) for text in labels]))
+        title = f"{name} captions; the nearest is the training picture most like the drawn one"
+        save(sheet(lines, side=96, title=title), folder / f"{name}.png")
+        report[name] = {
+            "own_picture_first": sum(place == 1 for place in ranks) / len(ranks),
+            "own_picture_in_first_ten": sum(place <= 10 for place in ranks) / len(ranks),
+            "median_place_of_own_picture": float(np.median(ranks)),
+            "nearest_has_the_caption": sum(map(str.__eq__, captions, neighbours)) / len(ranks),
+            "median_distance_of_nearest": float(np.median(distance)),
+            "rows": [
+                {"caption": caption, "place": place, "nearest": training.key(row), "distance": round(far, 4)}
+                for caption, place, row, far in zip(captions, ranks, nearest, distance, strict=True)
+            ],
+        }
+    files.write_json(folder / "compared.json", report)
+    for name in ("seen", "heldout"):
+        said = report[name]
+        print(
+            f"{name}: of {len(said['rows'])} pictures {said['own_picture_first']:.0%} are more like the true one "
+            f"than like any of {len(training):,} of training, {said['own_picture_in_first_ten']:.0%} more than like "
+            f"the tenth nearest; the nearest has the same caption in {said['nearest_has_the_caption']:.0%}"
+        )
+    print("wrote " + ", ".join(str(folder / file) for file in ("seen.png", "heldout.png", "compared.json")))
+
+
+def draw(
+    drawer: pipeline.Pipeline, captions: Sequence[str], candidates: int, seed: int, settings: dict[str, Any]
+) -> Tensor:
+    """The best of some candidates for each caption: uint8 `(P, 3, H, W)`."""
+    numbered = enumerate(tqdm(captions, "drawing", unit="caption", leave=False))
+    each = [drawer(text, candidates, 1, seed * 1_000_000 + k, **settings)[0].image for k, text in numbered]
+    return torch.stack(each)
+
+
+def small(pictures: Tensor) -> Tensor:
+    """uint8 `(B, 3, H, W)` -> float `(B, 3 SIDE SIDE)` in [0, 1]."""
+    return F.adaptive_avg_pool2d(pictures.float() / 255, SIDE).flatten(1)
+
+
+def measure(drawn: Tensor, own: Tensor, training: Source) -> tuple[list[int], list[float], list[int]]:
+    """For drawn pictures and the true ones of their captions, both uint8 `(P, 3, H, W)`.
+
+    Returns:
+        The row of the nearest training picture, its distance, and the place of the true one: 1 + the number of
+        training pictures, none of them equal to it, that are nearer.
+    """
+    points = small(drawn)
+    true = (points - small(own)).square().mean(1).sqrt()
+    best, nearest = torch.full_like(true, torch.inf), torch.zeros(len(true), dtype=torch.int64)
+    nearer = torch.zeros(len(true), dtype=torch.int64)
+    for first in tqdm(range(0, len(training), _BATCH), "comparing", leave=False):
+        others = small(training.images(range(first, min(first + _BATCH, len(training)))))
+        distance = torch.stack([(others - point).square().mean(1).sqrt() for point in points])  # (P, B)
+        least, place = distance.min(1)
+        nearest = torch.where(least < best, place + first, nearest)
+        best = torch.minimum(best, least)
+        nearer += (distance < true[:, None] - 1e-6).sum(1)
+    return nearest.tolist(), best.tolist(), (nearer + 1).tolist()
