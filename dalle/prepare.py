@@ -19,8 +19,8 @@ from dalle.pairs import open_pairs
 from dalle.text import Text
 from dalle.tokens import Sizes, TokenFiles, TokenWriter
 from dvae import artefact, files
-from dvae.data import Source, split
-from dvae.errors import ArtefactError, DataError, UserError
+from dvae.data import Source, check_sides, split
+from dvae.errors import ArtefactError, DataError, UserError, warn
 from dvae.model import DVAE, load
 
 MANIFEST = "prepared.json"
@@ -91,6 +91,10 @@ def prepare(
         train, held = split(train, val_share, hold_out)
     else:
         held = open_pairs(val, pixels, max_bad)
+    check_sides(train, held)
+    first = train.captions(0)[0]
+    if all(caption == first for caption in captions(train)):
+        warn(f"all captions of {train.name} are the same: {first[:60]!r}", "words can teach nothing; give each its own")
     words = words or learn(train, size, length)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED).touch()

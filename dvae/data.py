@@ -21,9 +21,9 @@ import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import TimeoutError, pool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dvae import scenes, seeds
-from dvae.errors import DataError, UserError
+from dvae.errors import DataError, EnvironmentProblem, UserError, warn
 from dvae.files import replacing, sha256, sha256_file, write_json
 from dvae.images import About, examine, open_image, square
 from dvae.listing import UNDERSTOOD, Listing, Piece, Row, list_rows, printable
@@ -45,10 +45,8 @@ MANIFEST, ROWS, USABLE = "manifest.json", "rows.jsonl", "usable.bin"
 _FORMAT = 1  # of the manifest; it changes whenever another verdict could be found of the same bytes
 _LARGEST_PICTURE = 1 << 28  # bytes
 _LARGEST_CAPTION = 1 << 20
+_PATIENCE = 60  # seconds without an answer, after which a disk is taken for dead
 _AHEAD = 4  # rows that are under examination or done, for each thread
-
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 class Source:
@@ -352,9 +350,9 @@ def _write_manifest(name: str, listing: Listing, table: "Table | None", folder: 
     with (
         replacing(folder / ROWS) as rows,
         replacing(folder / USABLE) as usable,
-        ThreadPoolExecutor(threads) as pool,
+        pool.ThreadPool(threads) as workers,  # unlike an executor, it lets go of a thread that is stuck
     ):
-        seen = _in_order(pool, lambda row: _examine(row, table), listing.rows, _AHEAD * threads)
+        seen = _in_order(workers, lambda row: _examine(row, table), listing.rows, _AHEAD * threads)
         for row in tqdm(seen, desc="examining pictures", unit="", leave=False, delay=1):
             listed += 1
             if "fault" not in row:
@@ -368,15 +366,27 @@ def _write_manifest(name: str, listing: Listing, table: "Table | None", folder: 
     write_json(folder / MANIFEST, manifest)
 
 
-def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], U], items: Iterable[T], ahead: int) -> Iterator[U]:
-    """`work` of each item, in the order of the items; at most `ahead` of them are in memory."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
+def _in_order(
+    workers: pool.ThreadPool, examined: Callable[[Row], dict[str, Any]], rows: Iterable[Row], ahead: int
+) -> Iterator[dict[str, Any]]:
+    """Each row `examined`, in the order of the rows; at most `ahead` of them are in memory."""
+    waiting: deque[tuple[Row, pool.AsyncResult]] = deque()
+
+    def first() -> dict[str, Any]:
+        row, result = waiting.popleft()
+        try:
+            return result.get(_PATIENCE)
+        except TimeoutError as error:
+            raise EnvironmentProblem(
+                f"{row.key}: no answer within {_PATIENCE:g} seconds", "see whether its disk or network is alive"
+            ) from error
+
+    for row in rows:
+        waiting.append((row, workers.apply_async(examined, (row,))))
         if len(waiting) == ahead:
-            yield waiting.popleft().result()
-    for future in waiting:
-        yield future.result()
+            yield first()
+    while waiting:
+        yield first()
 
 
 def _examine(row: Row, table: "Table | None") -> dict[str, Any]:
@@ -437,6 +447,15 @@ def check_share(source: Source, max_bad: float = 0.01) -> None:
         raise DataError(f"{source.name}: 0 usable of {source.listed} listed, {example}", hint)
     if bad / source.listed > max_bad:
         raise DataError(f"{source.name}: {bad} of {source.listed} files cannot be used, {example}", hint)
+
+
+def check_sides(training: Source, validation: Source) -> None:
+    """Warn where more is held back than learned from."""
+    if len(validation) > len(training):
+        warn(
+            f"{len(validation):,} rows to validate on, but only {len(training):,} to train on",
+            "exchange the two, or hold fewer back",
+        )
 
 
 def split(source: Source, share: float, hold_out: str | None = None) -> tuple[Source, Source]:

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 from dvae import images
 from dvae.commands import Plain
 from dvae.data import Endless
-from dvae.errors import ArtefactError, NumericsError, Stopped, UserError
+from dvae.errors import ArtefactError, EnvironmentProblem, NumericsError, Stopped, UserError
 from dvae.files import replacing, sweep
 from dvae.schedules import Schedule
 
@@ -641,6 +641,13 @@ def run(command: type[Command], module: type[Lit], data: type[Data], args: Seque
             return command(module, data, args)
         except MisconfigurationException as error:
             raise UserError(" ".join(str(error).split()), "change that setting; fit --help lists them all") from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise EnvironmentProblem(
+                f"a loading process died: {' '.join(str(error).split())}",
+                "often for want of memory: go on with --ckpt_path last and fewer --data.workers (0: without any)",
+            ) from error
         except SystemExit as end:
             if not isinstance(end.__context__, KeyboardInterrupt):
                 raise

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from dvae import artefact, lit, seeds
 from dvae.codebook import usage
-from dvae.data import MANIFEST, Source, check_share, examined, open_source, split
+from dvae.data import MANIFEST, Source, check_share, check_sides, examined, open_source, split
 from dvae.errors import UserError, warn
 from dvae.images import augment, grid, to_uint8
 from dvae.model import DVAE, DVAEConfig, load
@@ -90,6 +90,7 @@ class ImageData(lit.Data):
             train, val = split(train, self.val_share, self.hold_out)
         else:
             val = self.open(self.val_source, folder / "val", stage)
+        check_sides(train, val)
         train.images([0])  # scenes are drawn here, once, not in each loading process
         self.train = Pictures(train, self.image_size, self.seed, self.augmented)
         self.val = Pictures(val, self.image_size, self.seed, augmented=False)

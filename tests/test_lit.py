@@ -7,6 +7,7 @@ import copy
 import csv
 import io
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -535,6 +536,28 @@ def test_ctrl_c_at_other_moments(moment, new, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if moment == "twice":
         assert run.checkpoint()["global_step"] == 2, "the second one does not wait for a save"
+
+
+@STAGES
+def test_D34_a_loading_process_that_is_killed_is_told_and_the_run_goes_on(stage, new, monkeypatch):
+    whole, run, real = new(stage, "whole"), new(stage, "run"), MODULE[stage].step
+    assert whole()[0] == 0
+    run.config["data"]["workers"] = 1
+    run.config["model"]["checkpoint_every"] = 1
+
+    def step(self, batch, update, batch_index):
+        if update == 2:
+            for loader in multiprocessing.active_children():
+                os.kill(loader.pid, signal.SIGKILL)
+                loader.join()
+        return real(self, batch, update, batch_index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MODULE[stage], "step", step)
+        code, said = run()
+    assert code == 5 and "a loading process died" in said and "--ckpt_path last" in said
+    assert run("--ckpt_path", "last")[0] == 0
+    assert equal(run.checkpoint()["state_dict"], whole.checkpoint()["state_dict"])
 
 
 # -------------------------------------------------------------------------------------------------------- fine-tuning

@@ -1,17 +1,20 @@
 """Prepared folders hold what encoding gives, belong together, and are whole or not there."""
 
 import json
+import resource
 import shutil
 
 import pytest
 import torch
 
 from dalle import prepare as room
+from dalle.__main__ import main
 from dalle.prepare import MANIFEST, Prepared, prepare, vocab
 from dalle.text import Text
 from dvae import artefact, scenes
 from dvae.data import open_source
 from dvae.errors import ArtefactError, DataError, UserError
+from dvae.images import save
 from dvae.model import DVAE, load
 
 
@@ -120,6 +123,35 @@ def test_an_interruption_before_the_manifest_leaves_nothing_that_loads(tmp_path,
         prepare("scenes:train:64", str(tiny_dvae), words, str(tmp_path), val="scenes:val:8")
     with pytest.raises(DataError, match="no prepared tokens"):
         Prepared(tmp_path)
+
+
+def test_useless_data_are_warned_of(tmp_path, tiny_dvae, words, capsys):
+    for n in range(4):
+        save(open_source("scenes:train:4", 32).image(n), tmp_path / "same" / f"{n}.png")
+        (tmp_path / "same" / f"{n}.txt").write_text("a thing")
+    prepare("scenes:train:4", str(tiny_dvae), words, str(tmp_path / "less"), val="scenes:val:8")
+    assert "warning: 8 rows to validate on, but only 4 to train on" in capsys.readouterr().err
+    prepare(str(tmp_path / "same"), str(tiny_dvae), words, str(tmp_path / "equal"), val_share=0.3)
+    assert "are the same: 'a thing'" in capsys.readouterr().err
+    prepare("scenes:train:8", str(tiny_dvae), words, str(tmp_path / "good"), val_share=0.3)
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", [1_000, 40_000], ids=["in the tokenizer", "in the captions"])
+def test_a_full_disk_is_told_and_leaves_nothing_that_loads(tmp_path, tiny_dvae, words, limit, capsys):
+    arguments = ["prepare", "scenes:train:800", "--dvae", str(tiny_dvae), "--text", words, "--val", "scenes:val:8"]
+    arguments += ["--out", str(tmp_path / "out")]
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))  # Python ignores the signal; writing fails
+    try:
+        code = main(arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "hint", "Trace"))]
+    assert code == 5 and [line.split(":")[0] for line in lines] == ["error", "hint"] and "large" in lines[0]
+    with pytest.raises(DataError):
+        Prepared(tmp_path / "out")
+    assert main(arguments) == 0 and len(Prepared(tmp_path / "out").train) == 800
 
 
 def test_a_finished_folder_is_not_overwritten(copied, tiny_dvae, words):

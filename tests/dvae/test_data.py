@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -23,8 +24,9 @@ import torch
 from PIL import Image
 
 from dvae import data, images, scenes
-from dvae.errors import DataError, UserError
+from dvae.errors import DataError, EnvironmentProblem, UserError
 from dvae.files import sha256
+from dvae.listing import Piece
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -721,3 +723,22 @@ def test_hold_out_takes_the_captions_that_match_whole(tmp_path):
             data.split(source, 0.5, expression)
     with pytest.raises(UserError, match="no regular expression"):
         data.split(source, 0.5, "red (car")
+
+
+def test_D35_a_disk_that_does_not_answer_is_named(tmp_path, monkeypatch):
+    write(tmp_path, {f"{n}.png": png(n) for n in range(6)})
+    stuck, real = threading.Event(), Piece.read
+
+    def read(piece, largest):
+        if piece.path.endswith("3.png"):
+            stuck.wait()
+        return real(piece, largest)
+
+    monkeypatch.setattr(Piece, "read", read)
+    monkeypatch.setattr(data, "_PATIENCE", 0.2)
+    try:
+        with pytest.raises(EnvironmentProblem, match=r"^3\.png: no answer within 0\.2 seconds"):
+            data.open_source(str(tmp_path), 8, folder=tmp_path / "seen", threads=2)
+    finally:
+        stuck.set()
+    assert not data.examined(tmp_path / "seen", str(tmp_path))
