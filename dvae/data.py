@@ -173,7 +173,7 @@ class Files(Source):
         if content is None or sha256(content) != row["sha256"]:
             raise DataError(
                 f"{self.name}: {row['key']} changed since it was examined ({reason})",
-                f"bring it back, or remove {self.folder} so that the data are examined again",
+                "bring that file back; if it is meant to be another one, check the data again and begin a new run",
             )
         return open_image(content)
 

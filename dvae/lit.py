@@ -50,6 +50,19 @@ def whole(batch: Any) -> Any:
     return batch
 
 
+class Told(Dataset):
+    """Answers a user's mistake instead of a batch, for of one that is raised torch would carry only a text home."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitems__(self, rows: list[tuple[int, int]]) -> Any:
+        try:
+            return self.dataset.__getitems__(rows)
+        except UserError as error:
+            return error
+
+
 def deaf(worker: int) -> None:
     """A Ctrl-C reaches the loading processes too; only the training decides what it means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -60,7 +73,7 @@ def training_loader(dataset: Dataset, batch: int, seed: int, workers: int, train
     start = trainer.fit_loop.epoch_loop.batch_progress.current.processed
     order = Endless(len(dataset), batch, seed, start=start, rank=trainer.global_rank, world=trainer.world_size)
     return DataLoader(
-        dataset,
+        Told(dataset),
         batch_sampler=order,
         collate_fn=whole,
         num_workers=workers,
@@ -73,7 +86,7 @@ def validation_loader(dataset: Dataset, batch: int, workers: int) -> DataLoader:
     """Each row once, in order, as (epoch 0, index) pairs."""
     rows = [(0, index) for index in range(len(dataset))]
     batches = [rows[k : k + batch] for k in range(0, len(rows), batch)]
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=whole, num_workers=workers, worker_init_fn=deaf)
+    return DataLoader(Told(dataset), batch_sampler=batches, collate_fn=whole, num_workers=workers, worker_init_fn=deaf)
 
 
 class Data(LightningDataModule):
@@ -98,6 +111,8 @@ class Data(LightningDataModule):
         return self.val_dataloader()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        if isinstance(batch, UserError):
+            raise batch
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
@@ -308,7 +323,7 @@ class Checkpoints(Checkpoint):
                 f"make max_steps a multiple of {interval // accumulate}, so that the final weights are validated",
             )
         if trainer.is_global_zero:
-            for folder in (".", "checkpoints", "samples", "model"):
+            for folder in (".", "checkpoints", "samples", "model", "data", "data/val"):
                 sweep(run_folder(trainer) / folder)
 
     def on_train_start(self, trainer: Trainer, module: Lit) -> None:

@@ -24,7 +24,9 @@ import dvae.train
 from dalle.prepare import prepare
 from dalle.train import LitDALLE
 from dvae import artefact, lit
+from dvae.data import open_source
 from dvae.errors import ArtefactError, UserError
+from dvae.images import save as to_png
 from dvae.images import to_uint8
 from dvae.model import Encoder
 from dvae.model import load as load_dvae
@@ -558,6 +560,27 @@ def test_D34_a_loading_process_that_is_killed_is_told_and_the_run_goes_on(stage,
     assert code == 5 and "a loading process died" in said and "--ckpt_path last" in said
     assert run("--ckpt_path", "last")[0] == 0
     assert equal(run.checkpoint()["state_dict"], whole.checkpoint()["state_dict"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_D31_a_picture_that_changes_during_the_training_is_named(new, tmp_path, monkeypatch, workers):
+    for n in range(12):
+        to_png(open_source("scenes:train:12", 32).image(n), tmp_path / "data" / f"{n:02d}.png")
+    run, real = new("dvae"), LitDVAE.step
+    run.config["data"].update(source=str(tmp_path / "data"), val="scenes:val:4", workers=workers)
+
+    def step(self, batch, update, batch_index):
+        (tmp_path / "data" / "07.png").write_bytes((tmp_path / "data" / "08.png").read_bytes())
+        return real(self, batch, update, batch_index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitDVAE, "step", step)
+        run.config["trainer"]["max_steps"] = 12
+        code, said = run()
+    assert code == 3 and "07.png changed since it was examined (other bytes)" in said
+    assert said.count("\n") == 2 and "hint: bring that file back" in said
+    to_png(open_source("scenes:train:12", 32).image(7), tmp_path / "data" / "07.png")
+    assert run("--ckpt_path", "last")[0] == 0
 
 
 # -------------------------------------------------------------------------------------------------------- fine-tuning
