@@ -450,7 +450,11 @@ def check_share(source: Source, max_bad: float = 0.01) -> None:
 
 
 def check_sides(training: Source, validation: Source) -> None:
-    """Warn where more is held back than learned from."""
+    """Refuse to validate on the very source that is trained on; warn where more is held back than learned from."""
+    if training.name == validation.name:
+        raise UserError(
+            f"training and validation are both {training.name}", "give another source, or null for a share of this one"
+        )
     if len(validation) > len(training):
         warn(
             f"{len(validation):,} rows to validate on, but only {len(training):,} to train on",

@@ -742,3 +742,14 @@ def test_D35_a_disk_that_does_not_answer_is_named(tmp_path, monkeypatch):
     finally:
         stuck.set()
     assert not data.examined(tmp_path / "seen", str(tmp_path))
+
+
+def test_D33_training_and_validation_must_differ(tmp_path, capsys):
+    source = data.open_source("scenes:train:8", 32)
+    with pytest.raises(UserError, match="are both scenes:train:8"):
+        data.check_sides(source, data.open_source("scenes:train:8", 32))
+    data.check_sides(source, data.open_source("scenes:val:8", 32))
+    data.check_sides(*data.split(source, 0.3))
+    assert not capsys.readouterr().err
+    data.check_sides(source, data.open_source("scenes:val:9", 32))
+    assert "9 rows to validate on, but only 8 to train on" in capsys.readouterr().err
