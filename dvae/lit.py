@@ -539,6 +539,10 @@ class Command(LightningCLI):
         if not config.run:
             raise UserError("no run folder is given", "say where to write, for instance --run runs/first")
         run = Path(config.run)
+        if self.subcommand != "fit" and config.ckpt_path is None and config.model.init_from is None:
+            raise UserError(
+                f"{self.subcommand} was not told which weights to take", "name them: --ckpt_path best, or --init_from RUN"
+            )
         checkpoint = self.checkpoint(run, config.ckpt_path)
         trainer = self.config_init[self.subcommand].trainer
         if trainer.enable_progress_bar is not False:

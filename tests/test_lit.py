@@ -306,6 +306,9 @@ def test_a_run_from_begin_to_end(stage, new):
     assert equal({f"model.{name}": value for name, value in kept.items()}, best["state_dict"])
 
     # validating and testing give the numbers of the validation that the checkpoint was saved in
+    for command in ("validate", "test"):
+        code, said = run(command=command)
+        assert code == 2 and f"{command} was not told which weights to take" in said
     for command, loss in (("validate", "val/loss"), ("test", "test/loss")):
         seen = []
         with pytest.MonkeyPatch.context() as patch:
