@@ -1,8 +1,8 @@
 """`dalle demo`: from nothing to ranked pictures in minutes, on drawn scenes, with every number judged.
 
-Trains both stages with the shipped recipes (configs/dvae/demo.yaml and configs/dalle/demo.yaml), chooses guidance,
-temperature and ranker on captions that are never reported, then draws 16 candidates for each of 400 captions of known
-compositions and 400 of compositions that neither stage has ever seen.
+Trains both stages with shipped recipes (configs/dvae/demo.yaml and configs/dalle/demo.yaml, or scenes.yaml of each),
+chooses guidance, temperature and ranker on captions that are never reported, then draws 16 candidates for each of 400
+captions of known compositions and 400 of compositions that neither stage has ever seen.
 """
 
 import os
@@ -14,6 +14,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -27,6 +28,7 @@ from dvae.drawings import BAD, GOOD, Label, sheet
 from dvae.errors import UserError
 from dvae.images import save, to_uint8
 
+DRAWN = {"demo": 20_000, "scenes": 40_000}  # scenes that a recipe trains on
 CANDIDATES = 16
 REPORTED = 400  # captions of each kind
 CHOSEN_ON = 200  # further captions, half of each kind, for guidance, temperature and ranker
@@ -36,20 +38,23 @@ TRIED_CANDIDATES = 8  # enough to choose by, at half the cost
 FIRST_REPORTED, FIRST_CHOSEN_ON = 1000, 500  # indices in each split; the first 500 of val validate the trainings
 
 
-def demo(out: str = "runs/demo", seed: int = 0, quick: bool = False) -> None:
+def demo(
+    out: str = "runs/demo", seed: int = 0, quick: bool = False, recipe: Literal["demo", "scenes"] = "demo"
+) -> None:
     """Train both stages on drawn scenes, from nothing to ranked pictures, and say how many are true.
 
     Args:
         out: folder for everything that is made; it must not hold a demo yet.
         seed: of the whole demo.
         quick: a minute's run that shows every step but learns little.
+        recipe: the shipped configs to train by: those of the demo (32 px, minutes), or of the scenes (64 px, longer).
     """
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{out} is not empty", "choose another folder with --out, or remove that one")
     clock: dict[str, float] = {}
     with timed(clock, "total"):
-        train(folder, seed, quick, clock)
+        train(folder, seed, quick, recipe, clock)
         report = measure(folder, seed, quick, clock)
     report["seconds"] = {step: round(seconds, 1) for step, seconds in clock.items()}
     files.write_json(folder / "report.json", report)
@@ -62,27 +67,27 @@ def demo(out: str = "runs/demo", seed: int = 0, quick: bool = False) -> None:
     )
 
 
-def train(folder: Path, seed: int, quick: bool, clock: dict[str, float]) -> None:
+def train(folder: Path, seed: int, quick: bool, recipe: str, clock: dict[str, float]) -> None:
     from dalle.train import main as train_transformer
     from dvae.train import main as train_tokenizer
 
     words, tokens = folder / "text.json", folder / "tokens"
-    count = 2000 if quick else 20_000
+    scenes_drawn = f"scenes:train:{2000 if quick else DRAWN[recipe]}"
     short = ["--trainer.max_steps=60", "--trainer.val_check_interval=60"]
     short += ["--model.optimiser.ema=null", "--model.optimiser.learning_rate.warmup=10"]  # too few updates to average
     common = ["--seed_everything", str(seed), *(short if quick else [])]
     print("1/4 training the image tokenizer")
     with timed(clock, "stage 1"):
-        source = ["--data.source", f"scenes:train:{count}"]
-        train_tokenizer(["fit", "--config", "dvae/demo", "--run", str(folder / "dvae"), *source, *common])
+        source = ["--data.source", scenes_drawn]
+        train_tokenizer(["fit", "--config", f"dvae/{recipe}", "--run", str(folder / "dvae"), *source, *common])
     print("2/4 pictures to tokens")
     with timed(clock, "tokens"):
-        vocab(f"scenes:train:{count}", str(words), size=512, length=18)
-        prepare(f"scenes:train:{count}", str(folder / "dvae"), str(words), str(tokens), val="scenes:val:500")
+        vocab(scenes_drawn, str(words), size=512, length=18)
+        prepare(scenes_drawn, str(folder / "dvae"), str(words), str(tokens), val="scenes:val:500")
     print("3/4 training the transformer")
     with timed(clock, "stage 2"):
         where = ["--run", str(folder / "dalle"), "--data.tokens", str(tokens)]
-        train_transformer(["fit", "--config", "dalle/demo", *where, *common])
+        train_transformer(["fit", "--config", f"dalle/{recipe}", *where, *common])
 
 
 def measure(folder: Path, seed: int, quick: bool, clock: dict[str, float]) -> dict:
@@ -120,7 +125,7 @@ def measure(folder: Path, seed: int, quick: bool, clock: dict[str, float]) -> di
             for _, tried, name, known_share, unknown_share in options
         ],
         "reconstructions": {"seen": known.json(), "held-out": unknown.json()},
-        "codebook": codes(folder),
+        "codebook": codes(folder, drawer.tokenizer.config.image_size),
         "captions": {name: exactness(candidates) for name, candidates in results.items()},
         "seed": seed,
         "machine": {
@@ -148,11 +153,11 @@ def reconstructions(drawer: pipeline.Pipeline, split: str, count: int) -> Share:
     return Share(sum(v.exact for v in verdicts), count)
 
 
-def codes(folder: Path) -> dict[str, float]:
+def codes(folder: Path, size: int) -> dict[str, float]:
     """Use of the codebook over the training pictures, beside the bound that flat background cells allow."""
     prepared = Prepared(folder / "tokens")
     seen = codebook.usage(prepared.train.tokens(range(len(prepared.train))), prepared.sizes.vocab_image)
-    source = open_source("scenes:train:2000", 32)
+    source = open_source("scenes:train:2000", size)
     flat = codebook.flat_share(source.images(range(2000)).float() / 255, prepared.sizes.grid)
     bound = codebook.perplexity_bound(flat, len(scenes.BACKGROUNDS), prepared.sizes.vocab_image)
     return {
