@@ -27,7 +27,7 @@ from dalle.pairs import pairs_of
 from dalle.prepare import LONGEST
 from dalle.text import Text
 from dvae import files, seeds
-from dvae.data import MANIFEST, Source, check_share, open_source, order, split
+from dvae.data import MANIFEST, Source, check_names, check_share, open_source, order, split
 from dvae.drawings import Label, sheet
 from dvae.errors import DataError, UserError, warn
 from dvae.images import save, to_uint8
@@ -78,13 +78,12 @@ def check(
         max_bad: share of rows that may be unusable.
         threads: pictures decoded at a time; any number gives the same report.
     """
-    if val is not None and Path(data).resolve() == Path(val).resolve():
-        raise UserError(f"data and val are both {data}", "validate on other pictures, or leave --val away")
+    check_names(data, val)
     words = Text.from_file(text, length) if text else None
     model = load(dvae) if dvae else None
     size = model.config.image_size if model else size
     folder, new = Path(out), not Path(out).exists()
-    _claim(folder, Path(data))
+    _claim(folder, [Path(name) for name in (data, val) if name is not None])
     try:
         source = open_source(data, size, folder=folder, threads=threads)
         held = None if val is None else open_source(val, size, folder=folder / "val", threads=threads)
@@ -125,7 +124,7 @@ def check(
         report["examples"] = _draw(usable, words, model, folder / PICTURES)
     report["warnings"] = list(_warnings(report))
     report["verdict"] = _verdict(report, problem, max_bad)
-    report["next"] = None if problem else _next(report, folder)
+    report["next"] = None if problem else _next(report, folder, max_bad)
     files.write_json(folder / REPORT, report)
 
     for title, sentence in _sentences(report, out):
@@ -224,10 +223,11 @@ def _kinds(character: str) -> frozenset[str]:
     return frozenset(kinds)
 
 
-def _claim(folder: Path, data: Path) -> None:
+def _claim(folder: Path, sources: list[Path]) -> None:
     """Make `folder` ours: what an earlier check has left there no longer counts. Nobody else's files are touched."""
-    if data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
-        raise UserError(f"{folder} lies inside {data}", "choose another --out, or what is written there becomes data")
+    for data in sources:
+        if data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
+            raise UserError(f"{folder} lies inside {data}", "choose another --out, or what is written becomes data")
     if folder.is_dir() and any(folder.iterdir()):
         try:
             ours = json.loads((folder / REPORT).read_bytes())["kind"] == KIND
@@ -399,7 +399,7 @@ def _verdict(report: dict[str, Any], problem: DataError | None, max_bad: float) 
     return f"ready: {report['pairs']:,} pairs" + few * (report["pairs"] < _FEW)
 
 
-def _next(report: dict[str, Any], folder: Path) -> str:
+def _next(report: dict[str, Any], folder: Path, max_bad: float) -> str:
     """The command to go on with; it takes the rows that were found here, where they were kept."""
 
     def examined(name: str, kept: Path) -> str:
@@ -408,9 +408,9 @@ def _next(report: dict[str, Any], folder: Path) -> str:
     data, val = examined(report["source"], folder), report["val"] and examined(report["val"], folder / "val")
     dvae, text = (report[name] and shlex.quote(report[name]) for name in ("dvae", "text"))
     if not dvae:
-        held = f" --data.val {val}" * bool(val)
+        held = f" --data.val {val}" * bool(val) + f" --data.max_bad {max_bad:g}" * (max_bad != 0.01)
         return f"dvae fit --config dvae/emoji --data.source {data}{held} --data.hold_out null --run runs/my-dvae"
-    more = f" --text {text}" * bool(text) + f" --val {val}" * bool(val)
+    more = f" --text {text}" * bool(text) + f" --val {val}" * bool(val) + f" --max_bad {max_bad:g}" * (max_bad != 0.01)
     return f"dalle prepare {data} --dvae {dvae}{more} --out runs/my-tokens"
 
 

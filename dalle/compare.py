@@ -34,6 +34,7 @@ def compare(
     run: str,
     data: str,
     out: str = "compared",
+    val: str | None = None,
     hold_out: str | None = None,
     val_share: float = 0.05,
     count: PositiveInt = 30,
@@ -54,6 +55,7 @@ def compare(
         run: run folder or artefact folder of stage 2.
         data: the data source that it was trained on.
         out: folder to write, new or empty.
+        val: the source that it was validated on, where that was another one.
         hold_out: the expression that `dalle prepare` held captions out by; null where it set a share aside.
         val_share: that share.
         count: captions of either kind, chosen by chance.
@@ -71,10 +73,14 @@ def compare(
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{out} is not empty", "choose another folder with --out, or remove that one")
     drawer = pipeline.load(run)
-    pairs = open_pairs(data, drawer.tokenizer.config.image_size, max_bad)
-    training, held = split(pairs, val_share, hold_out)
-    report: dict[str, Any] = {"run": run, "data": data, "hold_out": hold_out, "candidates": candidates, "seed": seed}
-    report |= settings
+    size = drawer.tokenizer.config.image_size
+    training = open_pairs(data, size, max_bad)
+    if val is None:
+        training, held = split(training, val_share, hold_out)
+    else:
+        held = open_pairs(val, size, max_bad)
+    report: dict[str, Any] = {"run": run, "data": data, "val": val, "hold_out": hold_out, "val_share": val_share}
+    report |= {"candidates": candidates, "seed": seed, **settings}
     for name, part in (("seen", training), ("heldout", held)):
         rows = sorted(seeds.rng("compare", seed, name).random(len(part)).argsort()[:count].tolist())
         captions = [part.captions(row)[0] for row in rows]

@@ -19,7 +19,7 @@ from dalle.pairs import open_pairs
 from dalle.text import Text
 from dalle.tokens import Sizes, TokenFiles, TokenWriter
 from dvae import artefact, files
-from dvae.data import Source, check_sides, split
+from dvae.data import Source, check_names, check_sides, split
 from dvae.errors import ArtefactError, DataError, UserError, warn
 from dvae.model import DVAE, load
 
@@ -80,6 +80,7 @@ def prepare(
         raise UserError(f"{out} is not empty", "choose another --out, or remove that folder")
     if val is not None and hold_out is not None:
         raise UserError("val and hold_out are both set", "validate on one of them")
+    check_names(data, val)
     if not dvae:
         raise UserError("no image tokenizer is given", "name the run of stage 1: --dvae RUN")
     if batch < 1:
@@ -111,10 +112,10 @@ def prepare(
     files.write_bytes(folder / "text.json", words.to_json().encode())
     sizes = Sizes(words.vocab_size, words.text_length, tokenizer.vocab_size, tokenizer.grid)
     digest = files.sha256_file(folder / "text.json")
-    (folder / UNFINISHED).unlink()
     tokens = {part: files.sha256_file(folder / part / "tokens.json") for part in ("train", "val")}
     described = {"format": 1, "sizes": asdict(sizes), "dvae": identity, "text": digest, "tokens": tokens}
     files.write_json(folder / MANIFEST, described)
+    (folder / UNFINISHED).unlink()
     print(f"wrote {out}")
 
 
@@ -172,7 +173,10 @@ class Prepared:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         try:
-            about = json.loads((self.folder / MANIFEST).read_text())
+            if (self.folder / UNFINISHED).exists():
+                raise FileNotFoundError("not finished")
+            content = (self.folder / MANIFEST).read_bytes()
+            about, self.digest = json.loads(content), files.sha256(content)
             self.sizes = Sizes(**{**about["sizes"], "grid": tuple(about["sizes"]["grid"])})
             identity, digest, tokens = about["dvae"], about["text"], dict(about["tokens"])
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -9,6 +9,7 @@ N pictures, h w grid.
 
 import json
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class TokenWriter:
     def __init__(self, folder: str | Path, grid: tuple[int, int], vocab_size: int):
         if vocab_size > 1 << 16:
             raise DataError(f"{vocab_size} codes do not fit 16 bits", "use an image tokenizer of at most 65536 codes")
-        self.folder, self.grid, self.vocab_size, self.lines = Path(folder), grid, vocab_size, [0]
+        self.folder, self.grid, self.vocab_size, self.lines = Path(folder), grid, vocab_size, array("q", [0])
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "tokens.json").unlink(missing_ok=True)
         self.tokens = open(self.folder / "tokens.bin", "wb")

@@ -86,6 +86,9 @@ class TokenData(lit.Data):
         self.train = Pairs(p.train, p.text, self.seed, self.bpe_dropout, self.caption_dropout)
         self.val = Pairs(p.val, p.text, self.seed, bpe_dropout=0.0, caption_dropout=0.0)
 
+    def identity(self) -> str:
+        return self.prepared.digest
+
     def caption_sample(self, count: int) -> list[str]:
         """Captions of the training set for the contrast score: one of each of at most `count` pictures."""
         tokens = self.prepared.train

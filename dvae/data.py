@@ -57,11 +57,12 @@ class Source:
         size: side of the squared pictures, pixels.
         listed: number of rows found; always len(source) and the number of those `skipped`.
         strays: what lies there and is no row, e.g. "b.txt: caption without a picture".
+        identity: equal for sources of equal rows.
     """
 
-    def __init__(self, name: str, size: int, count: int, listed: int, strays: Sequence[str] = ()):
+    def __init__(self, name: str, size: int, count: int, listed: int, identity: str, strays: Sequence[str] = ()):
         assert 0 <= count <= listed
-        self.name, self.size, self.listed, self.strays = name, size, listed, list(strays)
+        self.name, self.size, self.listed, self.strays, self.identity = name, size, listed, list(strays), identity
         self._count = count
 
     def __len__(self) -> int:
@@ -100,7 +101,7 @@ class Scenes(Source):
     """The embedded scenes. All are drawn when the first picture is asked for, and kept (3 size² bytes each)."""
 
     def __init__(self, name: str, size: int, split: str, count: int, seed: int):
-        super().__init__(name, size, count, count)
+        super().__init__(name, size, count, count, f"{split} {count} {seed}")
         self.split, self.seed = split, seed
         self._pictures: Tensor | None = None
 
@@ -146,7 +147,8 @@ class Files(Source):
 
     def __init__(self, name: str, size: int, folder: Path, table: "Table | None" = None):
         manifest = json.loads((folder / MANIFEST).read_text())
-        super().__init__(name, size, manifest["used"], manifest["listed"], manifest["strays"])
+        identity = manifest["sha256"][ROWS]
+        super().__init__(name, size, manifest["used"], manifest["listed"], identity, manifest["strays"])
         self.folder, self._table = folder, table
         self._lines = np.fromfile(folder / USABLE, "<i8")
 
@@ -205,7 +207,8 @@ class Part(Source):
         listed = len(indices)
         listed += source.listed - len(source) if faulty else 0
         listed += len(source) - len(indices) if reason else 0
-        super().__init__(name, source.size, len(indices), listed, source.strays if faulty else ())
+        identity = f"{source.identity} {sha256(indices.tobytes())}"
+        super().__init__(name, source.size, len(indices), listed, identity, source.strays if faulty else ())
         self._source, self._indices, self._faulty, self._reason = source, indices, faulty, reason
 
     def key(self, index: int) -> str:
@@ -309,7 +312,10 @@ def _open_files(name: str, size: int, folder: Path, threads: int) -> Files:
         else:
             _examine_all(name, folder, threads)
     tabled = json.loads((folder / MANIFEST).read_text())["table"]
-    return Files(name, size, folder, None if tabled is None else _open_table(tabled))
+    table = None if tabled is None else _open_table(tabled)
+    if tabled is not None and table is None:
+        raise DataError(f"{name}: the table {tabled} is no longer there", "bring it back, or give another source")
+    return Files(name, size, folder, table)
 
 
 def _examine_all(name: str, folder: Path, threads: int) -> None:
@@ -331,9 +337,12 @@ def _copy_manifest(source: Path, manifest: dict[str, Any], name: str, folder: Pa
     write_json(folder / MANIFEST, {**manifest, "name": printable(name)})
 
 
+def _on_hub(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) is not None and not Path(name).exists()
+
+
 def _open_table(name: str) -> "Table | None":
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and not Path(name).exists()
-    if not (hub or Path(name).is_dir() or name.lower().endswith(".parquet")):
+    if not (_on_hub(name) or Path(name).is_dir() or name.lower().endswith(".parquet")):
         return None
     from dvae.tables import open_table  # seconds, which only tables should cost
 
@@ -361,7 +370,8 @@ def _write_manifest(name: str, listing: Listing, table: "Table | None", folder: 
             # a file's name may have bytes that are no UTF-8: as an escape of JSON they survive
             rows.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
     manifest = {"format": _FORMAT, "name": printable(name), "listed": listed, "used": used}
-    manifest["table"] = None if table is None else name
+    # a relative path would mean something else in another working directory
+    manifest["table"] = None if table is None else name if _on_hub(name) else os.path.abspath(name)
     manifest |= {"strays": listing.strays, "sha256": {file: sha256_file(folder / file) for file in (ROWS, USABLE)}}
     write_json(folder / MANIFEST, manifest)
 
@@ -449,12 +459,18 @@ def check_share(source: Source, max_bad: float = 0.01) -> None:
         raise DataError(f"{source.name}: {bad} of {source.listed} files cannot be used, {example}", hint)
 
 
+def check_names(data: str, val: str | None) -> None:
+    """Raise UserError where a source would be validated on that is trained on."""
+
+    def meant(name: str) -> str:
+        return {"scenes": "scenes:train"}.get(name, name) if name.startswith("scenes") else os.path.realpath(name)
+
+    if val is not None and meant(data) == meant(val):
+        raise UserError(f"training and validation are both {data}", "validate on another source, or on a share of it")
+
+
 def check_sides(training: Source, validation: Source) -> None:
-    """Refuse to validate on the very source that is trained on; warn where more is held back than learned from."""
-    if training.name == validation.name:
-        raise UserError(
-            f"training and validation are both {training.name}", "give another source, or null for a share of this one"
-        )
+    """Warn where more is held back than learned from."""
     if len(validation) > len(training):
         warn(
             f"{len(validation):,} rows to validate on, but only {len(training):,} to train on",

@@ -117,7 +117,7 @@ def list_rows(name: str) -> Listing | None:
         if first is not None:
             return Listing(itertools.chain([first], rows), strays)
         names = os.listdir(path)
-        if shards := sorted(Path(path, shard) for shard in names if shard.endswith(".tar")):
+        if shards := sorted(Path(path, shard) for shard in names if shard.endswith(".tar") and shard[0] != "."):
             strays = []  # of the folder; the shards have their own
             return Listing(_list_shards(shards, strays), strays)
         tables = any(name.endswith(".parquet") or name in ("state.json", "dataset_dict.json") for name in names)
@@ -542,7 +542,7 @@ def expand(pattern: str) -> list[Path]:
     """The files that a pattern means, each once: `{000..009}` and `{a,b}` name files that must exist, `*` finds them.
 
     Raises:
-        DataError: one of them does not exist, or there are more than a million.
+        DataError: one of them does not exist, or a span means more than a million.
     """
     choices: list[Sequence[str]] = []
     for text in re.split(r"(\{[^{}]*\})", pattern):

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 from dvae import images
 from dvae.commands import Plain
 from dvae.data import Endless
-from dvae.errors import ArtefactError, EnvironmentProblem, NumericsError, Stopped, UserError
+from dvae.errors import ArtefactError, DataError, EnvironmentProblem, NumericsError, Stopped, UserError
 from dvae.files import replacing, sweep
 from dvae.schedules import Schedule
 
@@ -51,7 +51,7 @@ def whole(batch: Any) -> Any:
 
 
 class Told(Dataset):
-    """Answers a user's mistake instead of a batch, for of one that is raised torch would carry only a text home."""
+    """Answers a mistake of the user or the disk instead of a batch: of one that is raised torch carries only a text."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -59,7 +59,7 @@ class Told(Dataset):
     def __getitems__(self, rows: list[tuple[int, int]]) -> Any:
         try:
             return self.dataset.__getitems__(rows)
-        except UserError as error:
+        except (UserError, OSError) as error:
             return error
 
 
@@ -82,11 +82,23 @@ def training_loader(dataset: Dataset, batch: int, seed: int, workers: int, train
     )
 
 
+class Once:
+    """A batch sampler of each row once, in order, as (epoch 0, index) pairs."""
+
+    def __init__(self, length: int, batch: int):
+        self.length, self.batch = length, batch
+
+    def __len__(self) -> int:
+        return -(-self.length // self.batch)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for first in range(0, self.length, self.batch):
+            yield [(0, index) for index in range(first, min(first + self.batch, self.length))]
+
+
 def validation_loader(dataset: Dataset, batch: int, workers: int) -> DataLoader:
-    """Each row once, in order, as (epoch 0, index) pairs."""
-    rows = [(0, index) for index in range(len(dataset))]
-    batches = [rows[k : k + batch] for k in range(0, len(rows), batch)]
-    return DataLoader(Told(dataset), batch_sampler=batches, collate_fn=whole, num_workers=workers, worker_init_fn=deaf)
+    order = Once(len(dataset), batch)
+    return DataLoader(Told(dataset), batch_sampler=order, collate_fn=whole, num_workers=workers, worker_init_fn=deaf)
 
 
 class Data(LightningDataModule):
@@ -101,6 +113,20 @@ class Data(LightningDataModule):
             raise UserError(f"batch_size {batch_size}, workers {workers}", "at least 1 row and 0 workers are needed")
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
 
+    def identity(self) -> str:
+        """Equal for equal rows; a run is not continued on others."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, str]:
+        return {"identity": self.identity()}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        if self.trainer.state.fn == "fit" and state["identity"] != self.identity():
+            raise DataError(
+                f"{run_folder(self.trainer)} was begun on other data than its config names now",
+                "bring the data back as they were, or begin another run with --run FOLDER",
+            )
+
     def train_dataloader(self) -> DataLoader:
         return training_loader(self.train, self.batch_size, self.seed, self.workers, self.trainer)
 
@@ -111,7 +137,7 @@ class Data(LightningDataModule):
         return self.val_dataloader()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        if isinstance(batch, UserError):
+        if isinstance(batch, Exception):
             raise batch
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
@@ -541,7 +567,8 @@ class Command(LightningCLI):
         run = Path(config.run)
         if self.subcommand != "fit" and config.ckpt_path is None and config.model.init_from is None:
             raise UserError(
-                f"{self.subcommand} was not told which weights to take", "name them: --ckpt_path best, or --init_from RUN"
+                f"{self.subcommand} was not told which weights to take",
+                "name them: --ckpt_path best, or --init_from RUN",
             )
         checkpoint = self.checkpoint(run, config.ckpt_path)
         trainer = self.config_init[self.subcommand].trainer
@@ -661,7 +688,7 @@ def run(command: type[Command], module: type[Lit], data: type[Data], args: Seque
         except MisconfigurationException as error:
             raise UserError(" ".join(str(error).split()), "change that setting; fit --help lists them all") from error
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader worker (pid" not in str(error):  # others come from within it, with their own reasons
                 raise
             raise EnvironmentProblem(
                 f"a loading process died: {' '.join(str(error).split())}",

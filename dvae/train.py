@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from dvae import artefact, lit, seeds
 from dvae.codebook import usage
-from dvae.data import MANIFEST, Source, check_share, check_sides, examined, open_source, split
+from dvae.data import MANIFEST, Source, check_names, check_share, check_sides, examined, open_source, split
 from dvae.errors import UserError, warn
 from dvae.images import augment, grid, to_uint8
 from dvae.model import DVAE, DVAEConfig, load
@@ -57,7 +57,8 @@ class ImageData(lit.Data):
         max_bad: share of unusable files up to which training starts.
         seed: set by seed_everything.
 
-    A training keeps in RUN/data what it has seen of its files; once there is a checkpoint it uses just these.
+    A training keeps in RUN/data what it has seen of its files; once there is a checkpoint it goes on with
+    just these.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class ImageData(lit.Data):
         super().__init__(batch_size, workers, seed)
         if val is not None and hold_out is not None:
             raise UserError("val and hold_out are both set", "validate on one of them")
+        check_names(source, val)
         self.source, self.val_source, self.val_share, self.hold_out = source, val, val_share, hold_out
         self.image_size, self.augmented, self.max_bad = image_size, augment, max_bad
 
@@ -91,9 +93,13 @@ class ImageData(lit.Data):
         else:
             val = self.open(self.val_source, folder / "val", stage)
         check_sides(train, val)
-        train.images([0])  # scenes are drawn here, once, not in each loading process
+        for part in (train, val):
+            part.images([0])  # scenes are drawn here, once, not in each loading process
         self.train = Pictures(train, self.image_size, self.seed, self.augmented)
         self.val = Pictures(val, self.image_size, self.seed, augmented=False)
+
+    def identity(self) -> str:
+        return f"{self.train.source.identity} {self.val.source.identity}"
 
     def open(self, name: str, folder: Path, stage: str) -> Source:
         kept = stage == "fit" or examined(folder, name)  # a validation on other data leaves the training's alone

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -563,6 +564,46 @@ def test_D34_a_loading_process_that_is_killed_is_told_and_the_run_goes_on(stage,
     assert code == 5 and "a loading process died" in said and "--ckpt_path last" in said
     assert run("--ckpt_path", "last")[0] == 0
     assert equal(run.checkpoint()["state_dict"], whole.checkpoint()["state_dict"])
+
+
+@STAGES
+def test_D31_a_run_is_not_continued_on_other_data(stage, new, tmp_path, tiny_dvae):
+    """The same name means other rows now: other files, and no trace of what was examined; other tokens."""
+
+    def make(first):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        if stage == "dalle":
+            prepare(f"scenes:val:{first}", str(tiny_dvae), out=str(tmp_path / "data"), size=300, length=16)
+        for n in range(first, first + 12) if stage == "dvae" else ():
+            to_png(open_source("scenes:train:40", 32).image(n), tmp_path / "data" / f"{n:02d}.png")
+
+    run = new(stage)
+    run.config["data"]["source" if stage == "dvae" else "tokens"] = str(tmp_path / "data")
+    make(20)
+    assert run()[0] == 0
+    run.config["trainer"]["max_steps"] = 6
+    before = {path: path.read_bytes() for path in (run.folder / "checkpoints").iterdir()}
+    make(21)
+    shutil.rmtree(run.folder / "data", ignore_errors=True)
+    code, said = run("--ckpt_path", "last")
+    assert code == 3 and "was begun on other data" in said
+    assert {path: path.read_bytes() for path in (run.folder / "checkpoints").iterdir()} == before
+    make(20)
+    shutil.rmtree(run.folder / "data", ignore_errors=True)
+    assert run("--ckpt_path", "last")[0] == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_disk_says_comes_home_whole(new, monkeypatch, workers):
+    run = new("dvae")
+    run.config["data"]["workers"] = workers
+
+    def broken(*_):
+        raise OSError(5, "Input/output error", "some/file")
+
+    monkeypatch.setattr(dvae.train.Pictures, "__getitems__", broken)
+    code, said = run()
+    assert code == 5 and said.startswith("error: Input/output error (some/file)\nhint: ")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

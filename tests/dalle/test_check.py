@@ -321,7 +321,7 @@ def test_D24_pictures_on_both_sides_are_counted(tmp_path, checked):
 def test_D33_train_and_val_must_differ(tmp_path, checked):
     data = numbered(tmp_path / "data", 3)
     for val in (str(data), f"{data}/", f"{data}/../data"):
-        with pytest.raises(UserError, match="data and val are both") as caught:
+        with pytest.raises(UserError, match="training and validation are both") as caught:
             check(str(data), val=val, out=str(tmp_path / "check"))
         assert caught.value.code == 2 and not (tmp_path / "check").exists()
 

@@ -154,6 +154,25 @@ def test_a_full_disk_is_told_and_leaves_nothing_that_loads(tmp_path, tiny_dvae, 
     assert main(arguments) == 0 and len(Prepared(tmp_path / "out").train) == 800
 
 
+def test_a_failure_at_the_very_end_can_be_repeated(tmp_path, monkeypatch, tiny_dvae, words):
+    arguments = ("scenes:train:64", str(tiny_dvae), words, str(tmp_path / "out"), "scenes:val:8")
+    real = room.files.write_json
+
+    def full(path, value):
+        if path.name == MANIFEST:
+            raise OSError(28, "No space left on device")
+        real(path, value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(room.files, "write_json", full)
+        with pytest.raises(OSError):
+            prepare(*arguments)
+    with pytest.raises(DataError):
+        Prepared(tmp_path / "out")
+    prepare(*arguments)
+    assert len(Prepared(tmp_path / "out").train) == 64
+
+
 def test_a_finished_folder_is_not_overwritten(copied, tiny_dvae, words):
     before = listing(copied)
     with pytest.raises(UserError, match="not empty"):
