@@ -27,7 +27,7 @@ from dalle.pairs import pairs_of
 from dalle.prepare import LONGEST
 from dalle.text import Text
 from dvae import files, seeds
-from dvae.data import MANIFEST, Source, check_names, check_share, open_source, order, split
+from dvae.data import MANIFEST, Source, check_names, check_outside, check_share, open_source, order, split
 from dvae.drawings import Label, sheet
 from dvae.errors import DataError, UserError, warn
 from dvae.images import save, to_uint8
@@ -83,7 +83,8 @@ def check(
     model = load(dvae) if dvae else None
     size = model.config.image_size if model else size
     folder, new = Path(out), not Path(out).exists()
-    _claim(folder, [Path(name) for name in (data, val) if name is not None])
+    check_outside(out, data, val)
+    _claim(folder)
     try:
         source = open_source(data, size, folder=folder, threads=threads)
         held = None if val is None else open_source(val, size, folder=folder / "val", threads=threads)
@@ -223,11 +224,8 @@ def _kinds(character: str) -> frozenset[str]:
     return frozenset(kinds)
 
 
-def _claim(folder: Path, sources: list[Path]) -> None:
+def _claim(folder: Path) -> None:
     """Make `folder` ours: what an earlier check has left there no longer counts. Nobody else's files are touched."""
-    for data in sources:
-        if data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
-            raise UserError(f"{folder} lies inside {data}", "choose another --out, or what is written becomes data")
     if folder.is_dir() and any(folder.iterdir()):
         try:
             ours = json.loads((folder / REPORT).read_bytes())["kind"] == KIND
@@ -409,6 +407,7 @@ def _next(report: dict[str, Any], folder: Path, max_bad: float) -> str:
     dvae, text = (report[name] and shlex.quote(report[name]) for name in ("dvae", "text"))
     if not dvae:
         held = f" --data.val {val}" * bool(val) + f" --data.max_bad {max_bad:g}" * (max_bad != 0.01)
+        held += f" --model.config.image_size {report['size']}" * (report["size"] != 64)  # which is the config's
         return f"dvae fit --config dvae/emoji --data.source {data}{held} --data.hold_out null --run runs/my-dvae"
     more = f" --text {text}" * bool(text) + f" --val {val}" * bool(val) + f" --max_bad {max_bad:g}" * (max_bad != 0.01)
     return f"dalle prepare {data} --dvae {dvae}{more} --out runs/my-tokens"

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from dalle import pipeline
 from dalle.pairs import open_pairs
 from dvae import files, seeds
-from dvae.data import Source, split
+from dvae.data import Source, check_outside, split
 from dvae.drawings import Label, sheet
-from dvae.errors import UserError
+from dvae.errors import UserError, warn
 from dvae.images import save, to_uint8
 
 SIDE = 16
@@ -69,6 +69,7 @@ def compare(
         max_bad: share of rows that may be unusable.
     """
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance, "rerank": rerank}
+    check_outside(out, data, val)
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{out} is not empty", "choose another folder with --out, or remove that one")
@@ -79,6 +80,7 @@ def compare(
         training, held = split(training, val_share, hold_out)
     else:
         held = open_pairs(val, size, max_bad)
+    warn_of_trained(drawer, held)
     report: dict[str, Any] = {"run": run, "data": data, "val": val, "hold_out": hold_out, "val_share": val_share}
     report |= {"candidates": candidates, "seed": seed, **settings}
     for name, part in (("seen", training), ("heldout", held)):
@@ -117,6 +119,19 @@ def compare(
             f"the tenth nearest; the nearest has the same caption in {said['nearest_has_the_caption']:.0%}"
         )
     print("wrote " + ", ".join(str(folder / file) for file in ("seen.png", "heldout.png", "compared.json")))
+
+
+def warn_of_trained(drawer: pipeline.Pipeline, held: Source) -> None:
+    """The model carries a sample of its training captions: where captions tell pictures apart, none may be held out."""
+    known = set(drawer.captions)
+    if 2 * len(known) < len(drawer.captions):
+        return
+    trained = sum(not known.isdisjoint(held.captions(row)) for row in range(len(held)))
+    if trained:
+        warn(
+            f"{trained} of the {len(held)} rows taken for held out have captions that this model was trained on",
+            "give the --val, --hold_out or --val_share that dalle prepare was given",
+        )
 
 
 def draw(

@@ -19,7 +19,7 @@ from dalle.pairs import open_pairs
 from dalle.text import Text
 from dalle.tokens import Sizes, TokenFiles, TokenWriter
 from dvae import artefact, files
-from dvae.data import Source, check_names, check_sides, split
+from dvae.data import Source, check_names, check_outside, check_sides, split
 from dvae.errors import ArtefactError, DataError, UserError, warn
 from dvae.model import DVAE, load
 
@@ -81,6 +81,7 @@ def prepare(
     if val is not None and hold_out is not None:
         raise UserError("val and hold_out are both set", "validate on one of them")
     check_names(data, val)
+    check_outside(out, data, val)
     if not dvae:
         raise UserError("no image tokenizer is given", "name the run of stage 1: --dvae RUN")
     if batch < 1:

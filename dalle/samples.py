@@ -11,7 +11,7 @@ from tqdm import tqdm
 from dalle import pipeline
 from dvae import artefact, files
 from dvae.drawings import Label, sheet
-from dvae.errors import EnvironmentProblem, UserError
+from dvae.errors import EnvironmentProblem, UserError, warn
 from dvae.images import save
 
 
@@ -61,6 +61,12 @@ def sample(
     digest = artefact.digest(drawer.source)
     cells = drawer.model.config.grid[0] * drawer.model.config.grid[1]
     for text in wanted:
+        if (length := int(drawer.text.lengths([text])[0])) > drawer.text.text_length:
+            read = drawer.text.decode(drawer.text.encode(text))
+            warn(
+                f"the prompt has {length} ids, this model reads {drawer.text.text_length}: {read!r} is all that counts",
+                "say it shorter; how long captions may be is chosen by dalle prepare --length",
+            )
         with tqdm(total=count * cells, desc=text[:40], unit="token", leave=False, disable=None) as bar:
             pictures = drawer(text, count, keep, seed, progress=bar.update, **settings)
         stem = free_stem(folder, text, seed)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from dvae import scenes, seeds
 from dvae.errors import DataError, EnvironmentProblem, UserError, warn
 from dvae.files import replacing, sha256, sha256_file, write_json
-from dvae.images import About, examine, open_image, square
+from dvae.images import SUFFIXES, About, examine, open_image, square
 from dvae.listing import UNDERSTOOD, Listing, Piece, Row, list_rows, printable
 
 if TYPE_CHECKING:
@@ -324,7 +324,12 @@ def _examine_all(name: str, folder: Path, threads: int) -> None:
         table = _open_table(name)
         if table is None:
             there = Path(name).exists()
-            raise DataError(f"{name} is no data source" if there else f"no such data source: {name}", UNDERSTOOD)
+            hint = UNDERSTOOD
+            if Path(name).suffix.lower() in (".zip", ".gz", ".tgz", ".xz", ".zst", ".7z", ".rar"):
+                hint = "unpack it and give the folder, or a plain .tar"
+            elif Path(name).suffix.lower() in SUFFIXES:
+                hint = "give the folder that the picture lies in"
+            raise DataError(f"{name} is no data source" if there else f"no such data source: {name}", hint)
         listing = Listing(table.rows(), table.strays)
     _write_manifest(name, listing, table, folder, threads)
 
@@ -338,7 +343,8 @@ def _copy_manifest(source: Path, manifest: dict[str, Any], name: str, folder: Pa
 
 
 def _on_hub(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) is not None and not Path(name).exists()
+    """Whether a name is that of a data set on the Hub, and not a mistyped path below a folder that is here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) is not None and not Path(name.split("/")[0]).exists()
 
 
 def _open_table(name: str) -> "Table | None":
@@ -448,15 +454,28 @@ def _captions(row: Row) -> list[str]:
 
 def check_share(source: Source, max_bad: float = 0.01) -> None:
     """Raise DataError where nothing is usable, or where more than the share `max_bad` of what is listed is not."""
+    if not 0 <= max_bad <= 1:
+        raise UserError(f"max_bad is {max_bad}", "give a share from 0 to 1, such as 0.01")
     bad = source.listed - len(source)
     if bad:
-        example, hint = "e.g. {}: {}".format(*next(source.skipped())), "mend or remove these files, or raise max_bad"
+        example, hint = "e.g. {}: {}".format(*next(source.skipped())), "mend or remove these files"
+        hint = "save the texts as UTF-8" if "not UTF-8" in example else hint
     else:
         example, hint = f"e.g. {source.strays[0]}" if source.strays else "there are no pictures", UNDERSTOOD
     if not len(source):
         raise DataError(f"{source.name}: 0 usable of {source.listed} listed, {example}", hint)
     if bad / source.listed > max_bad:
-        raise DataError(f"{source.name}: {bad} of {source.listed} files cannot be used, {example}", hint)
+        raise DataError(
+            f"{source.name}: {bad} of {source.listed} cannot be used, {example}",
+            f"{hint}, or allow more by max_bad (a share, now {max_bad:g})",
+        )
+
+
+def check_outside(out: str | Path, *sources: str | None) -> None:
+    """Raise UserError where what is written to `out` would become a part of a source."""
+    for name in sources:
+        if name is not None and Path(name).is_dir() and Path(out).resolve().is_relative_to(Path(name).resolve()):
+            raise UserError(f"{out} lies inside {name}", "write elsewhere, or what is written there becomes data")
 
 
 def check_names(data: str, val: str | None) -> None:
@@ -519,7 +538,10 @@ def _by_caption(source: Source, expression: str) -> np.ndarray:
     held = np.fromiter((any(map(matches, source.captions(index))) for index in range(count)), bool, count)
     if held.all() or not held.any():
         which = "every" if count and held.all() else "no"
-        raise DataError(f"{source.name}: hold_out matches a caption of {which} row", "let it match some of them whole")
+        raise DataError(
+            f"{source.name}: hold_out ({expression}) matches a caption of {which} row",
+            "let it match some captions whole, or set it to null to hold out a share",
+        )
     return held
 
 

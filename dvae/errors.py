@@ -50,7 +50,7 @@ class Stopped(Exception):
     """A training that was asked to stop by a signal, after its state was saved."""
 
     def __init__(self, signal_number: int):
-        super().__init__(f"stopped by signal {signal_number}")
+        super().__init__(f"stopped by signal {signal_number}; the state is saved, --ckpt_path last goes on from here")
         self.code = 128 + signal_number
 
 
@@ -72,6 +72,7 @@ def report(command: Callable[[], object], debug: bool = False) -> int:
         print(f"error: {error.what}\nhint: {error.hint}", file=sys.stderr)
         return error.code
     except Stopped as stop:
+        print(stop, file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
         return 130

@@ -153,10 +153,10 @@ def pick_columns(names: Sequence[str], where: str) -> tuple[int, int | None]:
     captions = [places[name] for name in CAPTION_COLUMNS if name in places]
     if not pictures:
         found = printable(", ".join(names[:20]))
-        raise UserError(
-            f"{where} has no column of pictures; its columns are: {found}",
-            f"understood are, for pictures: {', '.join(PICTURE_COLUMNS)}; for captions: {', '.join(CAPTION_COLUMNS)}",
-        )
+        hint = f"understood are, for pictures: {', '.join(PICTURE_COLUMNS)}; for captions: {', '.join(CAPTION_COLUMNS)}"
+        if len(names) == 1 and ";" in names[0]:
+            hint = "save it with commas between the columns instead of semicolons"
+        raise UserError(f"{where} has no column of pictures; its columns are: {found}", hint)
     return pictures[0], captions[0] if captions else None
 
 

@@ -586,6 +586,10 @@ class Command(LightningCLI):
             plugins = [*(trainer.plugins or []), SafeCheckpoints()]
             return super().instantiate_trainer(logger=loggers, plugins=plugins, **kwargs)
 
+    def after_fit(self) -> None:
+        if self.trainer.is_global_zero:
+            print(f"wrote {run_folder(self.trainer)}, {self.trainer.global_step} updates")
+
     def checkpoint(self, run: Path, asked: str | None) -> Path | None:
         """`last` and `best` mean the run's own; a `last` that is not there yet means to begin."""
         if asked is None:
@@ -686,6 +690,10 @@ def run(command: type[Command], module: type[Lit], data: type[Data], args: Seque
         try:
             return command(module, data, args)
         except MisconfigurationException as error:
+            if "backend" in str(error) or "accelerator" in str(error):
+                raise EnvironmentProblem(
+                    " ".join(str(error).split()), "leave machine/gpu away, or set --trainer.accelerator cpu"
+                ) from error
             raise UserError(" ".join(str(error).split()), "change that setting; fit --help lists them all") from error
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):  # others come from within it, with their own reasons

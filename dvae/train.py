@@ -3,6 +3,7 @@
     dvae fit --config dvae/scenes --run runs/scenes-dvae
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,18 @@ from torch.utils.data import Dataset
 
 from dvae import artefact, lit, seeds
 from dvae.codebook import usage
-from dvae.data import MANIFEST, Source, check_names, check_share, check_sides, examined, open_source, split
+from dvae.data import (
+    MANIFEST,
+    ROWS,
+    Source,
+    check_names,
+    check_outside,
+    check_share,
+    check_sides,
+    examined,
+    open_source,
+    split,
+)
 from dvae.errors import UserError, warn
 from dvae.images import augment, grid, to_uint8
 from dvae.model import DVAE, DVAEConfig, load
@@ -76,13 +88,14 @@ class ImageData(lit.Data):
     ):
         super().__init__(batch_size, workers, seed)
         if val is not None and hold_out is not None:
-            raise UserError("val and hold_out are both set", "validate on one of them")
+            raise UserError("val and hold_out are both set", "set one of them to null: --data.hold_out null")
         check_names(source, val)
         self.source, self.val_source, self.val_share, self.hold_out = source, val, val_share, hold_out
         self.image_size, self.augmented, self.max_bad = image_size, augment, max_bad
 
     def setup(self, stage: str) -> None:
         run = lit.run_folder(self.trainer)
+        check_outside(run, self.source, self.val_source)
         folder = run / "data"
         if stage == "fit" and not any((run / "checkpoints").glob("*.ckpt")):  # files may have been mended since
             for seen in (folder, folder / "val"):
@@ -105,6 +118,10 @@ class ImageData(lit.Data):
         kept = stage == "fit" or examined(folder, name)  # a validation on other data leaves the training's alone
         source = open_source(name, self.image_size, 0, folder if kept else None)
         check_share(source, self.max_bad)
+        if bad := source.listed - len(source):
+            shown = [f"  {key}: {reason}" for key, reason in itertools.islice(source.skipped(), 10)]
+            more = [f"  ... all of them in {folder / ROWS}"] * (kept and bad > len(shown))
+            print(f"{name}: {source.listed} listed, {len(source)} used, {bad} skipped:", *shown, *more, sep="\n")
         return source
 
 

@@ -455,15 +455,21 @@ def test_a_terminal_that_knows_only_ascii_is_enough(tmp_path, monkeypatch):
 def test_the_next_command_takes_what_was_examined(tmp_path, checked, words, tiny_dvae):
     data, run, out = numbered(tmp_path / "data", 3), str(tiny_dvae), tmp_path / "my check"
     fit, rest = f"dvae fit --config dvae/emoji --data.source '{out}'", "--data.hold_out null --run runs/my-dvae"
-    assert checked(data, out=str(out))[0]["next"] == f"{fit} {rest}"
+    small = "--model.config.image_size 8 "
+    assert checked(data, out=str(out))[0]["next"] == f"{fit} {small}{rest}"
     prepare = f"dalle prepare '{out}' --dvae {run}"
     assert checked(data, out=str(out), dvae=run)[0]["next"] == f"{prepare} --out runs/my-tokens"
     said = checked(data, out=str(out), dvae=run, text=words)[0]["next"]
     assert said == f"{prepare} --text {words} --out runs/my-tokens"
     val = str(numbered(tmp_path / "val", 3, first=3))
-    assert checked(data, out=str(out), val=val)[0]["next"] == f"{fit} --data.val '{out}/val' {rest}"
+    assert checked(data, out=str(out), val=val)[0]["next"] == f"{fit} --data.val '{out}/val' {small}{rest}"
     assert open_source(str(out), 8).listed == open_source(str(out / "val"), 8).listed == 3
     assert "--data.source scenes:train:5 " in checked("scenes:train:5", size=32)[0]["next"], "nothing was kept of them"
+    (data / "00.png").write_bytes(b"no picture")
+    said = checked(data, out=str(out), max_bad=0.5, size=64)[0]["next"]
+    assert said == f"{fit} --data.max_bad 0.5 {rest}"
+    said = checked(data, out=str(out), max_bad=0.5, dvae=run)[0]["next"]
+    assert said == f"{prepare} --max_bad 0.5 --out runs/my-tokens"
 
 
 def test_the_command_line_takes_it(tmp_path, capsys):

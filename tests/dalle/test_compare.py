@@ -49,16 +49,19 @@ def test_a_copy_of_a_training_picture_is_found(training):
 
 def test_the_files_of_the_command(tiny_dalle, tmp_path, capsys):
     compare.compare(str(tiny_dalle), "scenes:train:40", str(tmp_path / "out"), count=3, candidates=2, val_share=0.3)
+    said = capsys.readouterr()
+    assert "have captions that this model was trained on" in said.err, "a share of what it knows is not held out"
     report = json.loads((tmp_path / "out" / "compared.json").read_text())
-    said = capsys.readouterr().out
     for name in ("seen", "heldout"):
         picture = Image.open(tmp_path / "out" / f"{name}.png")
         assert picture.height > 3 * 96 and picture.width > 4 * 96
         rows = report[name]["rows"]
         assert len(rows) == 3 and len({row["caption"] for row in rows}) == 3
         assert report[name]["own_picture_first"] == pytest.approx(sum(row["place"] == 1 for row in rows) / 3)
-        assert f"{name}: of 3 pictures" in said
+        assert f"{name}: of 3 pictures" in said.out
     keys = {row["nearest"] for name in ("seen", "heldout") for row in report[name]["rows"]}
     assert keys <= {f"train-{index:06d}" for index in range(40)}
+    compare.compare(str(tiny_dalle), "scenes:train:40", str(tmp_path / "val"), val="scenes:val:9", count=2, candidates=2)
+    assert "trained on" not in capsys.readouterr().err
     with pytest.raises(UserError, match="not empty"):
         compare.compare(str(tiny_dalle), "scenes:train:40", str(tmp_path / "out"))

@@ -147,3 +147,11 @@ def test_an_out_that_cannot_be_a_folder_is_said_before_anything_is_drawn(tmp_pat
         with pytest.raises(EnvironmentProblem, match="cannot be written"):
             draw(tiny_dalle, out, "a")
     assert listing(tmp_path) == {"file": b"x"}
+
+
+def test_a_prompt_that_is_cut_is_told(tiny_dalle, tmp_path, capsys):
+    draw(tiny_dalle, tmp_path / "a", "a red circle")
+    assert "warning" not in capsys.readouterr().err
+    draw(tiny_dalle, tmp_path / "b", "a red circle " * 20 + "left of a square")
+    said = capsys.readouterr().err
+    assert "this model reads 16" in said and "'a red circle a red" in said and "square" not in said

@@ -260,9 +260,8 @@ def test_names_of_kinds(tmp_path):
     ]:
         with pytest.raises(DataError, match=what) as caught:
             data.open_source(str(tmp_path / name), size=8)
-        assert caught.value.code == 3 and all(
-            kind in caught.value.hint for kind in ("scenes", ".tar", ".csv", ".parquet")
-        )
+        kinds = ("unpack",) if name.endswith("gz") else ("scenes", ".tar", ".csv", ".parquet")
+        assert caught.value.code == 3 and all(kind in caught.value.hint for kind in kinds)
     assert data.open_source(str(tmp_path / "folder"), size=8).listed == 0
 
 
@@ -515,7 +514,7 @@ def test_check_share(tmp_path):
     write(tmp_path, {f"{n:03d}.png": png(n) for n in range(97)} | {f"bad{n}.png": png(n)[:90] for n in range(3)})
     source = data.open_source(str(tmp_path), size=8)
     data.check_share(source, max_bad=0.03)
-    with pytest.raises(DataError, match=r"3 of 100 files cannot be used, e\.g\. bad0\.png: truncated"):
+    with pytest.raises(DataError, match=r"3 of 100 cannot be used, e\.g\. bad0\.png: truncated"):
         data.check_share(source)
     with pytest.raises(DataError, match="3 of 100"):
         data.check_share(source, max_bad=0.029)
@@ -770,3 +769,28 @@ def test_more_validation_than_training_is_warned_of(capsys):
     assert not capsys.readouterr().err
     data.check_sides(source, data.open_source("scenes:val:9", 32))
     assert "9 rows to validate on, but only 8 to train on" in capsys.readouterr().err
+
+
+def test_what_is_written_may_not_become_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos" / "below").mkdir(parents=True)
+    within = [("photos/run", ["photos"]), ("photos", ["photos/"]), ("x", ["."]), ("photos/x", ["y", "photos"])]
+    for out, sources in within:
+        with pytest.raises(UserError, match="lies inside"):
+            data.check_outside(out, *sources)
+    for out, sources in [("run", ["photos"]), ("photos2", ["photos", None]), ("photos/x", ["photos/below", "scenes"])]:
+        data.check_outside(out, *sources)
+
+
+def test_a_mistyped_path_is_not_sought_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    monkeypatch.setattr("dvae.tables.open_table", None)  # which would ask the Hub
+    with pytest.raises(DataError, match="no such data source: photos/typo"):
+        data.open_source("photos/typo", 8)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_max_bad_is_a_share(share):
+    with pytest.raises(UserError, match="max_bad is"):
+        data.check_share(data.open_source("scenes:val:2", 32), share)
