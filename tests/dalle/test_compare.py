@@ -61,7 +61,8 @@ def test_the_files_of_the_command(tiny_dalle, tmp_path, capsys):
         assert f"{name}: of 3 pictures" in said.out
     keys = {row["nearest"] for name in ("seen", "heldout") for row in report[name]["rows"]}
     assert keys <= {f"train-{index:06d}" for index in range(40)}
-    compare.compare(str(tiny_dalle), "scenes:train:40", str(tmp_path / "val"), val="scenes:val:9", count=2, candidates=2)
+    other = tmp_path / "other"
+    compare.compare(str(tiny_dalle), "scenes:train:40", str(other), val="scenes:val:9", count=2, candidates=2)
     assert "trained on" not in capsys.readouterr().err
     with pytest.raises(UserError, match="not empty"):
         compare.compare(str(tiny_dalle), "scenes:train:40", str(tmp_path / "out"))
