@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread():
+def _as_if_in_front():
+    """One thread, and a Ctrl-C that is heard, which shells take from what they start in the background."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
