@@ -200,8 +200,8 @@ def table(report: dict) -> str:
         f"* chosen on other captions, with guidance {chosen['guidance']} and temperature {chosen['temperature']}",
         "",
         f"codebook: {100 * code['used']:.1f} % of {code['codes']} codes in use over {code['tokens_per_code']:.0f} "
-        f"tokens per code, perplexity {code['perplexity']:.0f}; {code['perplexity_bound']:.0f} is the most if each background "
-        f"has one code for its flat cells, which are {100 * code['flat_share']:.0f} % of all",
+        f"tokens per code, perplexity {code['perplexity']:.0f}; {code['perplexity_bound']:.0f} is the most if each "
+        f"background has one code for its flat cells, which are {100 * code['flat_share']:.0f} % of all",
         "seconds: " + ", ".join(f"{step} {seconds:.0f}" for step, seconds in report["seconds"].items()),
     ]
     return "\n".join(lines)
