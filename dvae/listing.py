@@ -125,7 +125,7 @@ def list_rows(name: str) -> Listing | None:
     if suffix == ".tar":
         return Listing(_list_shards(expand(path), strays), strays)
     if os.path.isfile(path) and suffix in (".jsonl", ".csv", ".tsv"):
-        return Listing(_list_lines(path), strays)
+        return Listing(_list_lines(path, strays), strays)
     if os.path.isfile(path) and suffix == ".json":
         return Listing(_list_coco(path, strays), strays)
     return None
@@ -158,6 +158,11 @@ def pick_columns(names: Sequence[str], where: str) -> tuple[int, int | None]:
             hint = "save it with commas between the columns instead of semicolons"
         raise UserError(f"{where} has no column of pictures; its columns are: {found}", hint)
     return pictures[0], captions[0] if captions else None
+
+
+def _without_captions(name: str, columns: Sequence[str]) -> str:
+    found, understood = printable(", ".join(columns[:20])), ", ".join(CAPTION_COLUMNS)
+    return f"{name}: no column of captions among {found}; understood are {understood}"
 
 
 def _bad(reason: str) -> DataError:
@@ -230,7 +235,7 @@ def _visit(root: str, below: str, metadata: _Metadata, strays: list[str]) -> Ite
     for name in _METADATA:
         if name in kinds:
             said: dict[str, _Named] = {}
-            yield from _read_metadata(root, below + name, said)
+            yield from _read_metadata(root, below + name, said, strays)
             metadata.append((below, said))
     for name in names:
         path = os.path.join(root, below, name)
@@ -281,14 +286,14 @@ def _within(path: str, root: str, link: bool) -> tuple[Piece | None, str]:
     return Piece(path.rstrip("/")), ""
 
 
-def _read_metadata(root: str, below: str, said: dict[str, _Named]) -> Iterator[Row]:
+def _read_metadata(root: str, below: str, said: dict[str, _Named], strays: list[str]) -> Iterator[Row]:
     """Fill `said` from the metadata file at `below`; the rows are the lines of it that cannot be read."""
     path = os.path.join(root, below)
     _, fault = _within(path, root, os.path.islink(path))
     if fault:
         yield Row(printable(below), None, fault=fault)
         return
-    for line in _read_lines(path, printable(below)):
+    for line in _read_lines(path, printable(below), strays):
         key = f"{printable(below)}:{line.number}"
         if line.fault:
             yield Row(key, None, fault=line.fault)
@@ -316,9 +321,9 @@ class _Line(NamedTuple):
     fault: str = ""
 
 
-def _list_lines(path: str) -> Iterator[Row]:
+def _list_lines(path: str, strays: list[str]) -> Iterator[Row]:
     name, folder = printable(os.path.basename(path)), os.path.abspath(os.path.dirname(path))
-    for _, same in itertools.groupby(_read_lines(path, name), key=lambda line: line.picture or line.number):
+    for _, same in itertools.groupby(_read_lines(path, name, strays), key=lambda line: line.picture or line.number):
         first = next(same)
         if first.fault:
             yield Row(f"{name}:{first.number}", None, fault=first.fault)
@@ -328,7 +333,7 @@ def _list_lines(path: str) -> Iterator[Row]:
             yield Row(f"{name}:{first.number} {printable(first.picture)}", picture, captions)
 
 
-def _read_lines(path: str, name: str) -> Iterator[_Line]:
+def _read_lines(path: str, name: str, strays: list[str]) -> Iterator[_Line]:
     """The lines of a listing, in order; a bad one is a fault, and those after it are not touched by it."""
     try:
         file = _opened(path)
@@ -336,9 +341,9 @@ def _read_lines(path: str, name: str) -> Iterator[_Line]:
         raise DataError(f"{name}: {error.what}", error.hint) from error
     with file:
         if path.lower().endswith(".jsonl"):
-            yield from _read_jsonl(file, name)
+            yield from _read_jsonl(file, name, strays)
         else:
-            yield from _read_table(file, name, "\t" if path.lower().endswith(".tsv") else ",")
+            yield from _read_table(file, name, "\t" if path.lower().endswith(".tsv") else ",", strays)
 
 
 def _numbered(file: BinaryIO) -> Iterator[tuple[int, str, str]]:
@@ -358,7 +363,7 @@ def _numbered(file: BinaryIO) -> Iterator[tuple[int, str, str]]:
             yield number, "", f"not UTF-8 (byte {error.start})"
 
 
-def _read_jsonl(file: BinaryIO, name: str) -> Iterator[_Line]:
+def _read_jsonl(file: BinaryIO, name: str, strays: list[str]) -> Iterator[_Line]:
     begun = False
     for number, text, fault in _numbered(file):
         if not fault and not text.strip():
@@ -375,6 +380,8 @@ def _read_jsonl(file: BinaryIO, name: str) -> Iterator[_Line]:
                 if not begun:
                     raise
                 raise ValueError(error.what.removeprefix(f"{name} line {number} ")) from error
+            if not begun and caption is None:
+                strays.append(_without_captions(name, list(value)))
             begun = True
             values = list(value.values())
             yield _Line(number, _path(values[picture]), () if caption is None else _texts(values[caption]))
@@ -414,7 +421,7 @@ class _Replay(Iterator[str]):
         self.waiting.extendleft(reversed(self.given[1:]))
 
 
-def _read_table(file: BinaryIO, name: str, delimiter: str) -> Iterator[_Line]:
+def _read_table(file: BinaryIO, name: str, delimiter: str, strays: list[str]) -> Iterator[_Line]:
     csv.field_size_limit(_LARGEST_LINE)  # the module's own limit is less than one long caption
     lines = _Replay(_numbered(file))
     # strict, for otherwise a quote without its partner would swallow good lines in silence
@@ -438,6 +445,8 @@ def _read_table(file: BinaryIO, name: str, delimiter: str) -> Iterator[_Line]:
                 raise UserError(f"the header of {name} cannot be read: {fault}", "name the columns in the first line")
             header = cells
             picture, caption = pick_columns(header, name)
+            if caption is None:
+                strays.append(_without_captions(name, header))
             continue
         number = lines.given[0][0]
         if fault:

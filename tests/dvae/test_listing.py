@@ -784,3 +784,17 @@ def test_pieces_are_capped(tmp_path):
     for piece, largest in [(Piece(path), 9), (Piece(path, 3, 4), 3), (Piece(path, 3, 1 << 40), 1 << 30)]:
         with pytest.raises(DataError, match="^too large: "):
             piece.read(largest)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("l.csv", "image,beschreibung\na.png,rot\n"), ("l.tsv", "image\tbeschreibung\na.png\trot\n"),
+    ("l.jsonl", '{"image": "a.png", "beschreibung": "rot"}\n{"image": "b.png", "beschreibung": "rot"}\n'),
+    ("metadata.csv", "file_name,beschreibung\na.png,rot\n"),
+])  # fmt: skip
+def test_captions_in_a_column_of_another_name_are_told(tmp_path, name, content):
+    write(tmp_path, {name: content, "a.png": "", "b.png": ""})
+    rows, strays = listed(tmp_path if name.startswith("metadata") else tmp_path / name)
+    assert rows and all(row.captions == () for row in rows)
+    first = "file_name" if name.startswith("metadata") else "image"
+    assert len(strays) == 1
+    assert strays[0].startswith(f"{name}: no column of captions among {first}, beschreibung; understood are text,")
