@@ -298,6 +298,12 @@ class LitDVAE(lit.Lit):
             "codebook/perplexity": codes.perplexity,
         }
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["started_from"] = self.started_from
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.started_from = checkpoint["started_from"]  # the other run may have been trained on since
+
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         # lets a transformer of that tokenizer go on with the tokens of this one
         lineage = {} if self.started_from is None else {"started_from": self.started_from}

@@ -672,6 +672,13 @@ def test_both_stages_are_fine_tuned_on_other_pictures(new, tmp_path, tiny_tokens
     for run in (grown, tuned, stranger):
         assert run()[0] == 0
         prepare("scenes:heldout:24", str(run.folder), vocabulary, str(tmp_path / f"tokens-{run.folder.name}"))
+    begun_with = artefact.digest(grown.folder / "model")
+    for run in (grown, tuned):  # both go on; what the second one was begun with stays what it was
+        run.config["trainer"]["max_steps"] = 4
+        assert run("--ckpt_path", "last")[0] == 0
+    assert artefact.digest(grown.folder / "model") != begun_with
+    assert artefact.load(tuned.folder / "model", "dvae").about["started_from"] == begun_with
+
     first.config["data"]["tokens"] = str(tmp_path / "tokens-grown")
     assert first()[0] == 0
 
