@@ -20,7 +20,7 @@ def sample(
     prompt: str | None = None,
     prompts: str | None = None,
     count: int = 16,
-    keep: int = 4,
+    keep: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -37,7 +37,7 @@ def sample(
         prompt: what to draw.
         prompts: a text file with one prompt a line, instead of `prompt`.
         count: candidates per prompt.
-        keep: how many of them are written, best first.
+        keep: how many of them are written, best first; null: four, or all where there are fewer.
         temperature: above 1 more varied, below 1 more careful.
         top_k: draw from the k most likely codes only.
         top_p: draw from the most likely codes that together have this probability.
@@ -47,6 +47,7 @@ def sample(
         exact: bit-equal pictures whatever is drawn beside them; slower.
         out: folder for the pictures, a labelled grid and a JSON of how they were made.
     """
+    keep = min(4, count) if keep is None else keep
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
     settings |= {"rerank": rerank, "exact": exact}
     wanted = read_prompts(prompt, prompts)

@@ -325,12 +325,15 @@ def _list_lines(path: str, strays: list[str]) -> Iterator[Row]:
     name, folder = printable(os.path.basename(path)), os.path.abspath(os.path.dirname(path))
     for _, same in itertools.groupby(_read_lines(path, name, strays), key=lambda line: line.picture or line.number):
         first = next(same)
+        key = f"{name}:{first.number}"
         if first.fault:
-            yield Row(f"{name}:{first.number}", None, fault=first.fault)
+            yield Row(key, None, fault=first.fault)
+        elif re.match("https?://", first.picture):
+            yield Row(f"{key} {printable(first.picture)}", None, fault="an address; pictures are not downloaded")
         else:
             captions = first.captions + tuple(caption for line in same for caption in line.captions)
             picture = Piece(os.path.join(folder, first.picture))
-            yield Row(f"{name}:{first.number} {printable(first.picture)}", picture, captions)
+            yield Row(f"{key} {printable(first.picture)}", picture, captions)
 
 
 def _read_lines(path: str, name: str, strays: list[str]) -> Iterator[_Line]:

@@ -155,3 +155,9 @@ def test_a_prompt_that_is_cut_is_told(tiny_dalle, tmp_path, capsys):
     draw(tiny_dalle, tmp_path / "b", "a red circle " * 20 + "left of a square")
     said = capsys.readouterr().err
     assert "this model reads 16" in said and "'a red circle a red" in said and "square" not in said
+
+
+def test_few_pictures_are_all_kept(tiny_dalle, tmp_path):
+    for count, kept in ((2, 2), (6, 4)):
+        sample(str(tiny_dalle), "a red circle", count=count, out=str(tmp_path / str(count)))
+        assert len(list((tmp_path / str(count)).glob("*-[0-9].png"))) == kept

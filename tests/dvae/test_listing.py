@@ -798,3 +798,10 @@ def test_captions_in_a_column_of_another_name_are_told(tmp_path, name, content):
     first = "file_name" if name.startswith("metadata") else "image"
     assert len(strays) == 1
     assert strays[0].startswith(f"{name}: no column of captions among {first}, beschreibung; understood are text,")
+
+
+def test_addresses_are_not_paths(tmp_path):
+    write(tmp_path, {"l.csv": "image,text\nhttps://x.org/a.png,one\nhttp/b.png,two\n", "http/b.png": "B"})
+    rows, _ = listed(tmp_path / "l.csv")
+    assert [row.fault for row in rows] == ["an address; pictures are not downloaded", ""]
+    assert rows[0].key == "l.csv:2 https://x.org/a.png"
