@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dalle import pipeline
 from dalle.pairs import open_pairs
-from dvae import files, seeds
+from dvae import artefact, files, seeds
 from dvae.data import Source, check_outside, split
 from dvae.drawings import Label, sheet
 from dvae.errors import UserError, warn
@@ -36,7 +36,7 @@ def compare(
     out: str = "compared",
     val: str | None = None,
     hold_out: str | None = None,
-    val_share: float = 0.05,
+    val_share: float | None = None,
     count: PositiveInt = 30,
     candidates: PositiveInt = 16,
     temperature: float = 1.0,
@@ -55,9 +55,9 @@ def compare(
         run: run folder or artefact folder of stage 2.
         data: the data source that it was trained on.
         out: folder to write, new or empty.
-        val: the source that it was validated on, where that was another one.
-        hold_out: the expression that `dalle prepare` held captions out by; null where it set a share aside.
-        val_share: that share.
+        val: the source of what is held out; null, like the next two: as `dalle prepare` was told.
+        hold_out: a regular expression; the rows with a caption that it matches whole are held out.
+        val_share: a share of the rows that is held out, chosen by a digest of the pictures' bytes.
         count: captions of either kind, chosen by chance.
         candidates: pictures drawn for each caption; the best one is compared.
         temperature: above 1 more varied, below 1 more careful.
@@ -75,13 +75,16 @@ def compare(
         raise UserError(f"{out} is not empty", "choose another folder with --out, or remove that one")
     drawer = pipeline.load(run)
     size = drawer.tokenizer.config.image_size
+    parts = {"val": val, "hold_out": hold_out, "val_share": val_share}
+    if not any(parts.values()):
+        parts |= artefact.verify(drawer.source)["about"].get("split", {})
     training = open_pairs(data, size, max_bad)
-    if val is None:
-        training, held = split(training, val_share, hold_out)
+    if parts["val"] is None:
+        training, held = split(training, parts["val_share"] or 0.05, parts["hold_out"])
     else:
-        held = open_pairs(val, size, max_bad)
+        held = open_pairs(parts["val"], size, max_bad)
     warn_of_trained(drawer, held)
-    report: dict[str, Any] = {"run": run, "data": data, "val": val, "hold_out": hold_out, "val_share": val_share}
+    report: dict[str, Any] = {"run": run, "data": data, **parts}
     report |= {"candidates": candidates, "seed": seed, **settings}
     for name, part in (("seen", training), ("heldout", held)):
         rows = sorted(seeds.rng("compare", seed, name).random(len(part)).argsort()[:count].tolist())

@@ -115,6 +115,7 @@ def prepare(
     digest = files.sha256_file(folder / "text.json")
     tokens = {part: files.sha256_file(folder / part / "tokens.json") for part in ("train", "val")}
     described = {"format": 1, "sizes": asdict(sizes), "dvae": identity, "text": digest, "tokens": tokens}
+    described["split"] = {"val": val, "val_share": val_share, "hold_out": hold_out}
     files.write_json(folder / MANIFEST, described)
     (folder / UNFINISHED).unlink()
     print(f"wrote {out}")
@@ -180,6 +181,7 @@ class Prepared:
             about, self.digest = json.loads(content), files.sha256(content)
             self.sizes = Sizes(**{**about["sizes"], "grid": tuple(about["sizes"]["grid"])})
             identity, digest, tokens = about["dvae"], about["text"], dict(about["tokens"])
+            self.split = dict(about["split"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder} holds no prepared tokens", "make them with dalle prepare") from error
         self.dvae = self.folder / "dvae"

@@ -211,6 +211,7 @@ class LitDALLE(lit.Lit):
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         data: TokenData = self.trainer.datamodule
         captions = data.caption_sample(pipeline.CAPTIONS)
+        about = about | {"split": data.prepared.split}
         pipeline.save(folder, self.model, data.prepared.text, captions, data.prepared.dvae, about)
 
     def configure_callbacks(self) -> Sequence[Callback]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle import compare
+from dalle import compare, pipeline
+from dalle.prepare import Prepared
 from dvae.data import open_source
 from dvae.errors import UserError
 
@@ -66,3 +67,16 @@ def test_the_files_of_the_command(tiny_dalle, tmp_path, capsys):
     assert "trained on" not in capsys.readouterr().err
     with pytest.raises(UserError, match="not empty"):
         compare.compare(str(tiny_dalle), "scenes:train:40", str(tmp_path / "out"))
+
+
+def test_the_split_is_that_of_prepare_unless_it_is_told(tiny_dalle, tiny_tokens, tmp_path):
+    drawer, prepared = pipeline.load(tiny_dalle), Prepared(tiny_tokens)
+    assert prepared.split["val"] == "scenes:val:8"
+    about = {"split": {"val": None, "val_share": 0.05, "hold_out": ".*red.*"}}
+    pipeline.save(tmp_path / "run", drawer.model, drawer.text, drawer.captions, prepared.dvae, about)
+    for told, red in ({}, {True}), ({"hold_out": ".*blue.*"}, {True, False}):
+        out = tmp_path / f"out-{len(told)}"
+        compare.compare(str(tmp_path / "run"), "scenes:train:64", str(out), count=9, candidates=1, **told)
+        report = json.loads((out / "compared.json").read_text())
+        assert {"red" in row["caption"] for row in report["heldout"]["rows"]} == red
+        assert report["hold_out"] == told.get("hold_out", ".*red.*")
