@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dalle import pipeline
 from dalle.pairs import open_pairs
 from dvae import artefact, files, seeds
-from dvae.data import Source, check_outside, split
+from dvae.data import Source, check_names, check_outside, split
 from dvae.drawings import Label, sheet
 from dvae.errors import UserError, warn
 from dvae.images import save, to_uint8
@@ -40,8 +40,6 @@ def compare(
     count: PositiveInt = 30,
     candidates: PositiveInt = 16,
     temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     guidance: float = 1.0,
     rerank: str = "half-pmi",
     seed: int = 0,
@@ -61,14 +59,13 @@ def compare(
         count: captions of either kind, chosen by chance.
         candidates: pictures drawn for each caption; the best one is compared.
         temperature: above 1 more varied, below 1 more careful.
-        top_k: draw from the k most likely codes only.
-        top_p: draw from the most likely codes that together have this probability.
         guidance: scale of classifier-free guidance; 1 is none.
         rerank: likelihood, pmi, half-pmi, contrast or none.
         seed: another one chooses other captions and draws other pictures.
         max_bad: share of rows that may be unusable.
     """
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance, "rerank": rerank}
+    settings = {"temperature": temperature, "guidance": guidance, "rerank": rerank}
+    check_names(data, val, hold_out)
     check_outside(out, data, val)
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):

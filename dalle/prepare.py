@@ -78,9 +78,7 @@ def prepare(
     folder = Path(out)
     if folder.exists() and not (folder / UNFINISHED).exists() and any(folder.iterdir()):
         raise UserError(f"{out} is not empty", "choose another --out, or remove that folder")
-    if val is not None and hold_out is not None:
-        raise UserError("val and hold_out are both set", "validate on one of them")
-    check_names(data, val)
+    check_names(data, val, hold_out)
     check_outside(out, data, val)
     if not dvae:
         raise UserError("no image tokenizer is given", "name the run of stage 1: --dvae RUN")

@@ -478,12 +478,14 @@ def check_outside(out: str | Path, *sources: str | None) -> None:
             raise UserError(f"{out} lies inside {name}", "write elsewhere, or what is written there becomes data")
 
 
-def check_names(data: str, val: str | None) -> None:
-    """Raise UserError where a source would be validated on that is trained on."""
+def check_names(data: str, val: str | None, hold_out: str | None = None) -> None:
+    """Raise UserError where a source would be validated on that is trained on, or two things at once."""
 
     def meant(name: str) -> str:
         return {"scenes": "scenes:train"}.get(name, name) if name.startswith("scenes") else os.path.realpath(name)
 
+    if val is not None and hold_out is not None:
+        raise UserError("val and hold_out are both set", "set one of them to null: validate on a source or on a part")
     if val is not None and meant(data) == meant(val):
         raise UserError(f"training and validation are both {data}", "validate on another source, or on a share of it")
 

@@ -87,9 +87,7 @@ class ImageData(lit.Data):
         seed: int = 0,
     ):
         super().__init__(batch_size, workers, seed)
-        if val is not None and hold_out is not None:
-            raise UserError("val and hold_out are both set", "set one of them to null: --data.hold_out null")
-        check_names(source, val)
+        check_names(source, val, hold_out)
         self.source, self.val_source, self.val_share, self.hold_out = source, val, val_share, hold_out
         self.image_size, self.augmented, self.max_bad = image_size, augment, max_bad
 

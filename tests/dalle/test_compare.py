@@ -65,6 +65,8 @@ def test_the_files_of_the_command(tiny_dalle, tmp_path, capsys):
     other = tmp_path / "other"
     compare.compare(str(tiny_dalle), "scenes:train:40", str(other), val="scenes:val:9", count=2, candidates=2)
     assert "trained on" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="both set"):
+        compare.compare(str(tiny_dalle), "scenes:train:40", str(tmp_path / "no"), val="scenes:val:9", hold_out=".*")
     with pytest.raises(UserError, match="not empty"):
         compare.compare(str(tiny_dalle), "scenes:train:40", str(tmp_path / "out"))
 
