@@ -13,17 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from dalle.pairs import open_pairs
 from dalle.text import Text
 from dalle.tokens import Sizes, TokenFiles, TokenWriter
-from dvae import artefact, files
+from dvae import artefact, files, seeds
 from dvae.data import Source, check_names, check_outside, check_sides, split
 from dvae.errors import ArtefactError, DataError, UserError, warn
+from dvae.images import crop_near_centre
 from dvae.model import DVAE, load
 
 MANIFEST = "prepared.json"
+FORMAT = 2
 LONGEST = 256  # text ids of the paper
 UNFINISHED = "unfinished"  # marks a folder as ours to clear, until it is whole
 
@@ -56,6 +59,7 @@ def prepare(
     hold_out: str | None = None,
     size: int = 16384,
     length: int | None = None,
+    crops: int = 1,
     batch: int = 64,
     max_bad: float = 0.01,
 ) -> None:
@@ -72,6 +76,9 @@ def prepare(
         hold_out: a regular expression; the rows with a caption that it matches whole are set aside, instead.
         size: ids of a vocabulary that is learned here.
         length: text ids per caption, in place of what the vocabulary says or of what 99 % of the captions need.
+        crops: 1 encodes the central square of each picture; more: that many random crops near the centre of each
+            training picture (the paper's listing 2, never flipped), of which training takes one at a time. Small sets
+            are overfitted later so.
         batch: pictures encoded at a time.
         max_bad: share of unusable rows up to which the work is done.
     """
@@ -82,8 +89,8 @@ def prepare(
     check_outside(out, data, val)
     if not dvae:
         raise UserError("no image tokenizer is given", "name the run of stage 1: --dvae RUN")
-    if batch < 1:
-        raise UserError(f"batch is {batch}", "encode 1 picture or more at a time")
+    if batch < 1 or crops < 1:
+        raise UserError(f"batch is {batch}, crops {crops}", "encode 1 picture or more at a time, and 1 crop or more")
     words = None if text is None else Text.from_file(text, length)
     pixels = load(dvae).config.image_size
     train = open_pairs(data, pixels, max_bad)
@@ -103,7 +110,7 @@ def prepare(
     identity = artefact.copy(artefact.find(dvae, DVAE.kind), folder / "dvae")
     tokenizer = load(folder / "dvae")  # the copy, for a training that goes on replaces the other
     for part, pairs in (("train", train), ("val", held)):
-        _encode(tokenizer, pairs, folder / part, batch)
+        _encode(tokenizer, pairs, folder / part, crops if part == "train" else 1, batch)
         for name, reason in pairs.skipped():
             print(f"skipped {name}: {reason}")
         print(f"{part}: {pairs.listed} listed, {len(pairs)} used, {pairs.listed - len(pairs)} skipped")
@@ -112,7 +119,7 @@ def prepare(
     sizes = Sizes(words.vocab_size, words.text_length, tokenizer.vocab_size, tokenizer.grid)
     digest = files.sha256_file(folder / "text.json")
     tokens = {part: files.sha256_file(folder / part / "tokens.json") for part in ("train", "val")}
-    described = {"format": 1, "sizes": asdict(sizes), "dvae": identity, "text": digest, "tokens": tokens}
+    described = {"format": FORMAT, "sizes": asdict(sizes), "dvae": identity, "text": digest, "tokens": tokens}
     described["split"] = {"val": val, "val_share": val_share, "hold_out": hold_out}
     files.write_json(folder / MANIFEST, described)
     (folder / UNFINISHED).unlink()
@@ -153,13 +160,24 @@ def batched(captions: Iterator[str], size: int = 10_000) -> Iterator[list[str]]:
 
 
 @torch.inference_mode()
-def _encode(tokenizer: DVAE, pairs: Source, folder: Path, batch: int) -> None:
-    writer = TokenWriter(folder, tokenizer.grid, tokenizer.vocab_size)
+def _encode(tokenizer: DVAE, pairs: Source, folder: Path, crops: int, batch: int) -> None:
+    writer = TokenWriter(folder, tokenizer.grid, tokenizer.vocab_size, crops)
     for first in tqdm(range(0, len(pairs), batch), desc=f"encoding {folder.name}", unit="batch", leave=False):
         rows = range(first, min(first + batch, len(pairs)))
-        tokens = tokenizer.encode(pairs.images(rows).float() / 255)
-        writer.write(tokens, [pairs.captions(index) for index in rows])
+        tokens = [tokenizer.encode(images.float() / 255) for images in _cropped(pairs, rows, crops)]
+        writer.write(torch.stack(tokens, 1), [pairs.captions(index) for index in rows])
     writer.close()
+
+
+def _cropped(pairs: Source, rows: range, crops: int) -> Iterator[Tensor]:
+    """Each crop of the pictures of some rows, uint8 `(B, 3, size, size)`: the central square where there is but one."""
+    if crops == 1:
+        yield pairs.images(rows)
+        return
+    pictures = [pairs.image(index) for index in rows]
+    for crop in range(crops):
+        rngs = (seeds.rng("crop", crop, index) for index in rows)
+        yield torch.stack([crop_near_centre(p, pairs.size, rng) for p, rng in zip(pictures, rngs, strict=True)])
 
 
 class Prepared:
@@ -177,6 +195,11 @@ class Prepared:
                 raise FileNotFoundError("not finished")
             content = (self.folder / MANIFEST).read_bytes()
             about, self.digest = json.loads(content), files.sha256(content)
+            if about["format"] != FORMAT:
+                raise DataError(
+                    f"{folder} was prepared by another version of this project (format {about['format']})",
+                    "prepare it again",
+                )
             self.sizes = Sizes(**{**about["sizes"], "grid": tuple(about["sizes"]["grid"])})
             identity, digest, tokens = about["dvae"], about["text"], dict(about["tokens"])
             self.split = dict(about["split"])

@@ -28,8 +28,8 @@ from dvae.model import load as load_dvae
 class Pairs(Dataset):
     """Batches of text ids `(B, T)`, image tokens `(B, h, w)` and which captions were kept `(B,)`.
 
-    Which of a picture's captions is read, how it falls into pieces and whether it is dropped are functions of
-    (seed, epoch, index).
+    Which crop and which of the captions of a picture are read, how the caption falls into pieces and whether it is
+    dropped are functions of (seed, epoch, index).
     """
 
     def __init__(self, tokens: TokenFiles, text: Text, seed: int, bpe_dropout: float, caption_dropout: float):
@@ -48,7 +48,8 @@ class Pairs(Dataset):
             caption = captions[int(rng.integers(len(captions)))]
             keep.append(rng.random() >= self.caption_dropout)
             ids.append(self.text.encode(caption, self.bpe_dropout, rng) if keep[-1] else self.null)
-        tokens = self.tokens.tokens([index for _, index in rows])
+        crops = [int(seeds.rng(self.seed, "crop", *row).integers(self.tokens.crops)) for row in rows]
+        tokens = self.tokens.tokens([index for _, index in rows], crops)
         return {"text_ids": torch.cat(ids), "image_tokens": tokens, "keep_text": torch.tensor(keep), "rows": rows}
 
 

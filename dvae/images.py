@@ -206,14 +206,33 @@ def augment(image: Tensor, size: int, rng: np.random.Generator) -> Tensor:
     height, width = image.shape[1:]
     side = min(height, width)
     top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
-    scaled = int(rng.integers(min(side, size * 9 // 8), min(side, size * 12 // 8), endpoint=True))
-    scaled = max(scaled, size)
+    image = _random_crop(image, int(top), int(left), (size * 9 // 8, size * 12 // 8), size, rng)
+    return image.flip(2) if rng.random() < 0.5 else image
+
+
+def crop_near_centre(image: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+    """Listing 2 of the paper (stage 2) at any target size: uint8 (3, H, W) -> uint8 (3, size, size).
+
+    A square from 3/8 to 5/8 of the way along the long side's slack is resampled by area to t x t, with t uniform in
+    `size` to 9/8 of it as far as the picture has the pixels; of it a random `size` x `size` crop is taken. Never
+    flipped: pictures may contain text. Pictures smaller than `size` are enlarged to exactly `size`.
+    """
+    slack = np.array(image.shape[1:]) - min(image.shape[1:])
+    top, left = rng.integers(slack * 3 // 8, slack - slack * 3 // 8, endpoint=True)
+    return _random_crop(image, int(top), int(left), (size, size * 9 // 8), size, rng)
+
+
+def _random_crop(
+    image: Tensor, top: int, left: int, scales: tuple[int, int], size: int, rng: np.random.Generator
+) -> Tensor:
+    """Of the largest square at (top, left), resampled to a random one of `scales` pixels a side: a random crop."""
+    side = min(image.shape[1:])
+    scaled = max(int(rng.integers(min(side, scales[0]), min(side, scales[1]), endpoint=True)), size)
     # area averaging repeats pixels when it enlarges; bilinear does not
     resampling = Image.Resampling.BOX if scaled <= side else Image.Resampling.BILINEAR
-    image = _resize(image, int(top), int(left), side, scaled, resampling)
+    image = _resize(image, top, left, side, scaled, resampling)
     top, left = rng.integers(scaled - size + 1, size=2)
-    image = image[:, top : top + size, left : left + size]
-    return image.flip(2) if rng.random() < 0.5 else image
+    return image[:, top : top + size, left : left + size]
 
 
 def _resize(image: Tensor, top: int, left: int, side: int, size: int, resampling: Image.Resampling) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,10 +12,10 @@ from dalle import prepare as room
 from dalle.__main__ import main
 from dalle.prepare import MANIFEST, Prepared, prepare, vocab
 from dalle.text import Text
-from dvae import artefact, scenes
-from dvae.data import open_source
+from dvae import artefact, scenes, seeds
+from dvae.data import open_source, split
 from dvae.errors import ArtefactError, DataError, UserError
-from dvae.images import save
+from dvae.images import crop_near_centre, save
 from dvae.model import DVAE, load
 
 
@@ -42,6 +43,35 @@ def test_tokens_on_disk_are_those_that_encode_gives(tiny_tokens, tiny_dvae):
         assert torch.equal(part.tokens(range(len(source))), expected)
         assert [part.captions(k) for k in range(len(part))] == [list(source.captions(k)) for k in range(len(source))]
     assert len(prepared.train.tokens(range(64)).unique()) > 8
+
+
+def test_crops_are_those_of_listing_2_and_validation_has_none(tmp_path, tiny_dvae, words):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k in range(24):
+        image = torch.from_numpy(np.random.default_rng(k).integers(0, 256, (3, 48, 40), np.uint8))
+        save(image, folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(f"picture {k}")
+    out = tmp_path / "out"
+    prepare(str(folder), str(tiny_dvae), words, str(out), val_share=0.3, crops=3, batch=5)
+    prepared, tokenizer = Prepared(out), load(tiny_dvae)
+    train, held = split(open_source(str(folder), 32), 0.3)
+    assert (prepared.train.crops, prepared.val.crops) == (3, 1) and len(prepared.train) == len(train)
+    squares = held.images(range(len(held))).float() / 255
+    assert torch.equal(prepared.val.tokens(range(len(held))), tokenizer.encode(squares))
+    for crop in range(3):
+        rngs = [seeds.rng("crop", crop, k) for k in range(len(train))]
+        cropped = torch.stack([crop_near_centre(train.image(k), 32, rng) for k, rng in enumerate(rngs)])
+        expected = tokenizer.encode(cropped.float() / 255)
+        assert torch.equal(prepared.train.tokens(range(len(train)), crop), expected)
+    assert len({prepared.train.tokens(range(len(train)), crop).numpy().tobytes() for crop in range(3)}) == 3
+
+
+def test_tokens_of_another_version_are_refused_by_name(copied):
+    described = json.loads((copied / MANIFEST).read_text())
+    (copied / MANIFEST).write_text(json.dumps({**described, "format": 1}))
+    with pytest.raises(DataError, match="prepared by another version"):
+        Prepared(copied)
 
 
 def test_captions_stay_text(tiny_tokens):

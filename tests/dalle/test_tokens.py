@@ -15,7 +15,7 @@ CAPTIONS = [["a red circle"], ["one", "two\nlines", ""], ['\u2603 \U0001f600 "qu
 def write(folder, tokens, captions, vocab_size=65536, batch=2):
     writer = TokenWriter(folder, tuple(tokens.shape[1:]), vocab_size)
     for first in range(0, len(tokens), batch):
-        writer.write(tokens[first : first + batch], captions[first : first + batch])
+        writer.write(tokens[first : first + batch, None], captions[first : first + batch])
     writer.close()
 
 
@@ -32,6 +32,18 @@ def test_round_trip(tmp_path, rows):
     assert len(read) == 5 and read.grid == (2, 3) and read.vocab_size == 65536
     order = [4, 0, 0, 2]
     assert read.tokens(order).dtype == torch.int64 and torch.equal(read.tokens(order), rows[order])
+    assert [read.captions(index) for index in range(5)] == CAPTIONS
+
+
+def test_each_crop_of_a_picture_is_found_again(tmp_path):
+    tokens = torch.randint(0, 65536, (5, 4, 2, 3))
+    writer = TokenWriter(tmp_path, (2, 3), 65536, crops=4)
+    writer.write(tokens, CAPTIONS)
+    writer.close()
+    read = TokenFiles(tmp_path)
+    assert len(read) == 5 and read.crops == 4
+    assert torch.equal(read.tokens([4, 0, 0], [3, 1, 2]), torch.stack([tokens[4, 3], tokens[0, 1], tokens[0, 2]]))
+    assert torch.equal(read.tokens(range(5)), tokens[:, 0])
     assert [read.captions(index) for index in range(5)] == CAPTIONS
 
 
@@ -56,7 +68,7 @@ def test_more_codes_than_16_bits_hold_are_refused(tmp_path):
 
 def test_an_unfinished_folder_is_refused(tmp_path, rows):
     writer = TokenWriter(tmp_path, (2, 3), 65536)
-    writer.write(rows, CAPTIONS)
+    writer.write(rows[:, None], CAPTIONS)
     with pytest.raises(DataError, match="no finished"):
         TokenFiles(tmp_path)
     writer.close()
@@ -68,7 +80,7 @@ def test_a_folder_that_is_written_again_is_unfinished_meanwhile(tmp_path, rows):
     writer = TokenWriter(tmp_path, (2, 3), 65536)
     with pytest.raises(DataError, match="no finished"):
         TokenFiles(tmp_path)
-    writer.write(rows[:1], CAPTIONS[:1])
+    writer.write(rows[:1, None], CAPTIONS[:1])
     writer.close()
     assert len(TokenFiles(tmp_path)) == 1
 

@@ -617,6 +617,34 @@ def test_augment_scales_as_listing_1_says():
     assert 110 < flips < 190
 
 
+@pytest.mark.parametrize("height, width", [(1, 1), (5, 3), (16, 16), (17, 30), (18, 18), (24, 99), (300, 200), (1, 99)])
+def test_crop_near_centre_any_shape(height, width):
+    image = torch.from_numpy(noise(height, width)).permute(2, 0, 1)
+    for n in range(5):
+        crop = images.crop_near_centre(image, 16, seeds.rng(n))
+        assert crop.shape == (3, 16, 16) and crop.dtype == torch.uint8
+        assert torch.equal(crop, images.crop_near_centre(image, 16, seeds.rng(n)))
+
+
+def test_crop_near_centre_as_listing_2_says():
+    size = 16
+    image = torch.from_numpy(noise(size, 96)).permute(2, 0, 1)  # side == size: t == size, nothing is resampled
+    windows = [image[:, :, left : left + size] for left in range(81)]  # a slack of 80: 3/8 is 30, 5/8 is 50
+    seen = set()
+    for n in range(300):
+        crop = images.crop_near_centre(image, size, seeds.rng("near", n))
+        seen.add(next(k for k, window in enumerate(windows) if torch.equal(crop, window)))  # so it is never flipped
+    assert seen == set(range(30, 51))
+    size, side = 64, 256
+    ramp = torch.arange(side, dtype=torch.uint8).expand(3, side, side)  # grey level = column: the crop shows its scale
+    spans = set()
+    for n in range(200):
+        crop = images.crop_near_centre(ramp, size, seeds.rng("ramp", n))[0, 0].int()
+        assert crop[-1] > crop[0]
+        spans.add(round(side * (size - 1) / int(crop[-1] - crop[0])))
+    assert min(spans) in (63, 64, 65) and max(spans) in (71, 72, 73) and len(spans) >= 7  # 64 and 9/8 of it
+
+
 def test_area_resampling_is_the_mean_of_blocks():
     image = torch.from_numpy(noise(36, 36)).permute(2, 0, 1)
     means = image.float().unfold(1, 2, 2).unfold(2, 2, 2).mean((3, 4))  # side 36 -> t = 18 = 9/8 of 16 = 12/8 of 12
