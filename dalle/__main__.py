@@ -20,6 +20,9 @@ dalle: text to images, stage 2 of DALL-E
   dalle sample RUN "a prompt" --count 16 --keep 4 --out DIR
                                                         draw pictures and rank them without CLIP
   dalle compare RUN DATA [--out DIR]                    drawn pictures beside true and nearest training pictures
+  dalle diagnose RUN [DATA] [--out DIR]                 which stage is at fault, and what to do next
+  dalle report RUN [--out FILE]                         one page of a run: curves, pictures, settings, results
+  dalle shrink RUN --out DIR                            a copy with 16-bit weights, half the size, to be shared
 
 `dalle COMMAND --help` says more; --debug anywhere shows where an error arose.
 exit codes: 0 done, 2 usage or config, 3 data, 4 artefact, 5 environment, 6 numerics, 130 and 143 stopped
@@ -31,13 +34,21 @@ COMMANDS = {
     "prepare": "dalle.prepare:prepare",
     "sample": "dalle.samples:sample",
     "compare": "dalle.compare:compare",
+    "diagnose": "dalle.diagnose:diagnose",
+    "report": "dalle.report:report",
+    "shrink": "dalle.shrink:shrink",
     "demo": "dalle.demo:demo",
 }
 
 
+OPTIONAL = {
+    "sample": {"prompt": "what to draw"},
+    "diagnose": {"data": "the data that it was trained on; without it, what the run's own config leads to"},
+}
+
+
 def main(args: Sequence[str] | None = None) -> int:
-    args = sys.argv[1:] if args is None else args
-    return dispatch("dalle", HELP, COMMANDS, "dalle.train:main", args, optional={"sample": {"prompt": "what to draw"}})
+    return dispatch("dalle", HELP, COMMANDS, "dalle.train:main", sys.argv[1:] if args is None else args, OPTIONAL)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ from torch.utils.data import Dataset
 from dalle import pipeline
 from dalle.model import DALLE, DALLEConfig, losses
 from dalle.prepare import Prepared
+from dalle.sampling import Sampled
 from dalle.text import Text
 from dalle.tokens import Sizes, TokenFiles
 from dvae import artefact, lit, seeds
 from dvae.errors import UserError
 from dvae.files import write_bytes
-from dvae.images import grid
+from dvae.images import grid, to_uint8
 from dvae.model import load as load_dvae
 
 
@@ -141,8 +142,10 @@ class LitDALLE(lit.Lit):
             raise UserError(f"from_codes is {from_codes}", "give a share from 0 to 1, such as 0.8")
         self.from_codes, self.init_from = from_codes, init_from
         self.model = DALLE(config)
+        self.lineage: dict[str, str] = {}
         if init_from is not None:
             start, self.started_from = pipeline.load_model(init_from)
+            self.lineage = {"started_from": self.started_from.digest}
             if start.config != config:
                 raise UserError(
                     f"{init_from} has another architecture than this config and these tokens: {start.config}",
@@ -209,10 +212,16 @@ class LitDALLE(lit.Lit):
             "val/image_accuracy": accuracy,
         }
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lineage"] = self.lineage
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.lineage = checkpoint["lineage"]  # the other run may have been trained on since
+
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         data: TokenData = self.trainer.datamodule
         captions = data.caption_sample(pipeline.CAPTIONS)
-        about = about | {"split": data.prepared.split}
+        about = about | {"split": data.prepared.split} | self.lineage
         pipeline.save(folder, self.model, data.prepared.text, captions, data.prepared.dvae, about)
 
     def configure_callbacks(self) -> Sequence[Callback]:
@@ -232,10 +241,29 @@ class DrawPrompts(Callback):
         prepared: Prepared = trainer.datamodule.prepared
         captions = [prepared.val.captions(row)[0] for row in range(min(self.prompts, len(prepared.val)))]
         drawn = pipeline.Pipeline(module.model, prepared.text, load_dvae(prepared.dvae), captions, prepared.folder)
-        tokens = drawn.sample(captions, count=4).tokens.cpu()
-        lit.show(trainer, "samples", grid(drawn.tokenizer.decode(tokens), columns=4))
+        sampled = drawn.sample(captions, count=4)
+        images = to_uint8(drawn.tokenizer.decode(sampled.tokens.cpu()))
+        lit.show(trainer, "samples", grid(images, columns=4))
+        if guests := lit.guests(trainer):
+            rows = scored(drawn, captions, images, sampled)
+            for guest in guests:
+                guest.log_table("prompts", ("prompt", "picture", "score"), rows, trainer.global_step)
         text = "".join(f"{row + 1}: {caption}\n" for row, caption in enumerate(captions))
         write_bytes(lit.run_folder(trainer) / "samples" / "prompts.txt", text.encode())
+
+
+def scored(
+    drawn: pipeline.Pipeline, captions: Sequence[str], images: Tensor, sampled: Sampled
+) -> list[tuple[str, Tensor, float]]:
+    """Each picture with its caption and the score that the pipeline ranks by; as many for each caption."""
+    score, count = drawn.scorer("half-pmi"), len(images) // len(captions)
+    rows = []
+    for row, caption in enumerate(captions):
+        own = slice(row * count, (row + 1) * count)
+        some = Sampled(sampled.tokens[own], sampled.logprobs[own], None)
+        values = score(drawn.model, drawn.text.encode(caption), some).tolist()
+        rows += [(caption, image, value) for image, value in zip(images[own], values, strict=True)]
+    return rows
 
 
 class Command(lit.Command):

@@ -12,13 +12,14 @@ dvae: the discrete VAE, stage 1 of DALL-E
   dvae validate --config CONFIG --ckpt_path best             losses and codebook use on the validation pictures
   dvae test --config CONFIG --ckpt_path best                 the same under the name of a test
   dvae reconstruct RUN IMAGES --out DIR                      pictures beside their reconstructions
-  dvae codebook RUN DATA --out DIR                           usage and an atlas of what each code paints
+  dvae codebook RUN DATA --out DIR                           usage, and what each code paints and stands for
+  dvae evaluate RUN DATA --out DIR                           PSNR, SSIM, error per channel, the worst pictures
 
 `dvae COMMAND --help` says more; --debug anywhere shows where an error arose.
 exit codes: 0 done, 2 usage or config, 3 data, 4 artefact, 5 environment, 6 numerics, 130 and 143 stopped
 """
 
-COMMANDS = {"reconstruct": "dvae.drawings:reconstruct", "codebook": "dvae.drawings:codebook_report"}
+COMMANDS = {name: f"dvae.inspect:{name}" for name in ("reconstruct", "codebook", "evaluate")}
 
 
 def main(args: Sequence[str] | None = None) -> int:

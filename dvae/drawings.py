@@ -1,22 +1,17 @@
-"""Pictures of knowledge, as uint8 tensors `(3, H, W)`: atlas, bars, labelled sheets; for commands and notebooks."""
+"""Pictures of knowledge, as uint8 tensors `(3, H, W)`: sheets, atlases, maps of cells; opens no files."""
 
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse.typing import PositiveInt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dvae import codebook, files
-from dvae.data import check_share, open_source
-from dvae.images import grid, save, to_uint8
-from dvae.model import load
+from dvae.images import grid, to_uint8
 
-INK, PAPER, GOOD, BAD = (30, 30, 34), (255, 255, 255), (24, 140, 60), (200, 50, 40)
+INK, PAPER, EDGE, GOOD, BAD = (30, 30, 34), (255, 255, 255), (222, 222, 226), (24, 140, 60), (200, 50, 40)
 
 
 @dataclass(frozen=True)
@@ -35,24 +30,55 @@ def sheet(rows: Sequence[tuple[str, Tensor, Sequence[Label]]], side: int = 64, t
         rows: (text, uint8 pictures `(B, 3, H, W)`, B labels) for each row.
         side: size at which each picture is shown, pixels; pictures are enlarged without smoothing.
     """
-    font, gap, head, margin = ImageFont.load_default(11), 6, 26 if title else 6, 190
+    font, title_font, gap, head = ImageFont.load_default(11), ImageFont.load_default(13), 6, 26 if title else 6
+    margin = 190 if any(text for text, _, _ in rows) else gap
     line = 14 if any(label.text for _, _, labels in rows for label in labels) else 0
     columns = max(len(pictures) for _, pictures, _ in rows)
     width, height = margin + columns * (side + gap) + gap, head + len(rows) * (side + line + gap)
+    width = max(width, round(ImageDraw.Draw(Image.new("L", (1, 1))).textbbox((gap, 6), title, title_font)[2]) + gap)
     paper = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(paper)
-    pen.text((gap, 6), title, INK, ImageFont.load_default(13))
+    pen.text((gap, 6), title, INK, title_font)
     for r, (text, pictures, labels) in enumerate(rows):
         top = head + r * (side + line + gap)
         pen.multiline_text((gap, top), textwrap.fill(text, 30), INK, font)
         for c, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
             left = margin + c * (side + gap)
             image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+            pen.rectangle((left - 1, top - 1, left + side, top + side), outline=EDGE)
             paper.paste(image.resize((side, side), Image.Resampling.NEAREST), (left, top))
             pen.text((left, top + side + 1), label.text, label.colour, font)
             if label.framed:
                 pen.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), outline=label.colour, width=3)
     return torch.from_numpy(np.array(paper)).permute(2, 0, 1)
+
+
+def heat_map(picture: Tensor, weights: Tensor, side: int = 192, peak: float | None = None) -> Tensor:
+    """Weights of the cells, half-transparent in colours from black over red to yellow, over a picture in grey.
+
+    The colours are matplotlib's `inferno`, whose steps look equally large and stay in order without colour.
+
+    Args:
+        picture: uint8 `(3, H, W)`.
+        weights: `(h, w)` >= 0, on any grid; each cell is drawn with its edges.
+        side: height at which it is shown, pixels; nothing is smoothed.
+        peak: the weight that is drawn brightest, so that several maps can share a scale; by default the largest.
+
+    Returns:
+        uint8 `(3, side, side * W / H)`.
+    """
+    from matplotlib import colormaps
+
+    assert (weights >= 0).all()
+    peak = weights.max().item() if peak is None else peak
+    colours = torch.from_numpy(colormaps["inferno"]((weights / max(peak, 1e-12)).clamp(0, 1).double().cpu().numpy()))
+    grey = picture.float().mean(0, keepdim=True).expand(3, -1, -1)
+    size = side, round(side * picture.shape[2] / picture.shape[1])
+    below, above = (
+        torch.nn.functional.interpolate(layer[None], size, mode="nearest-exact")[0]
+        for layer in (grey.cpu(), 255 * colours[..., :3].permute(2, 0, 1).float())
+    )
+    return (0.5 * below + 0.5 * above).round().to(torch.uint8)
 
 
 def atlas(patches: Tensor, counts: Tensor, side: int = 24) -> Tensor:
@@ -63,71 +89,20 @@ def atlas(patches: Tensor, counts: Tensor, side: int = 24) -> Tensor:
         counts: `(K,)`.
         side: size at which each patch is shown, pixels.
     """
-    order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+    order = most_used(counts, len(counts))
     shown = torch.nn.functional.interpolate(patches[order], (side, side), mode="nearest")
     return grid(to_uint8(shown), columns=32)
 
 
-def bars(values: Tensor, height: int = 120, width: int = 640) -> Tensor:
-    """Values `(K,)` from the largest to the smallest, as one bar each, the tallest of full height."""
-    ordered = values.double().sort(descending=True).values
-    columns = (torch.arange(width) * len(ordered)) // width
-    tall = (ordered[columns] / ordered.max().clamp_min(1e-12) * height).round()
-    filled = torch.arange(height, 0, -1)[:, None] <= tall
-    ink, paper = torch.tensor(INK), torch.tensor(PAPER)
-    return torch.where(filled[None], ink[:, None, None], paper[:, None, None]).to(torch.uint8)
+def labelled_atlas(patches: Tensor, counts: Tensor, count: int = 96, side: int = 72, title: str = "") -> Tensor:
+    """The `count` most used codes as in `atlas`, 16 a row, with the code and its share of the cells under each."""
+    order = most_used(counts, count)
+    shares = counts[order] / counts.sum().clamp_min(1)
+    labels = [Label(f"{code}  {share:.1%}") for code, share in zip(order.tolist(), shares.tolist(), strict=True)]
+    shown, places = to_uint8(patches[order]), range(0, len(order), 16)
+    return sheet([("", shown[k : k + 16], labels[k : k + 16]) for k in places], side, title)
 
 
-def reconstruct(run: str, images: str, out: str = "out", count: PositiveInt = 32) -> None:
-    """Encode pictures, decode them, and write a grid: each original beside its reconstruction.
-
-    Args:
-        run: a run folder or an artefact folder of stage 1.
-        images: any data source: scenes:val, a folder, a listing, tars, Parquet files, a Hub data set.
-        out: folder to write reconstructions.png to.
-        count: how many pictures.
-    """
-    model = load(run)
-    source = open_source(images, model.config.image_size)
-    check_share(source, max_bad=1)
-    originals = source.images(range(min(count, len(source)))).float() / 255
-    with torch.inference_mode():
-        decoded = model.decode(model.encode(originals))
-    path = Path(out) / "reconstructions.png"
-    save(grid(to_uint8(torch.stack([originals, decoded], 1).flatten(0, 1)), columns=8), path)
-    psnr = (-10 * (decoded - originals).square().mean((1, 2, 3)).clamp_min(1e-10).log10()).mean()
-    print(f"PSNR {psnr:.2f} dB over {len(originals)} pictures; pairs of original and reconstruction\nwrote {path}")
-
-
-def codebook_report(run: str, data: str, out: str = "out", count: PositiveInt = 2000) -> None:
-    """Count the codes over a data source and draw what each one paints.
-
-    Args:
-        run: a run folder or an artefact folder of stage 1.
-        data: any data source: scenes:val, a folder, a listing, tars, Parquet files, a Hub data set.
-        out: folder to write atlas.png, alone.png, usage.png and codebook.json to.
-        count: at most this many pictures are looked at.
-    """
-    model = load(run)
-    source = open_source(data, model.config.image_size)
-    check_share(source, max_bad=1)
-    images = source.images(range(min(count, len(source)))).float() / 255
-    in_context, counts = codebook.painted_in_context(model, images)
-    seen = codebook.Usage(counts)
-    folder = Path(out)
-    save(atlas(in_context, counts), folder / "atlas.png")
-    save(atlas(codebook.painted_alone(model), counts), folder / "alone.png")
-    save(bars(counts), folder / "usage.png")
-    numbers = {
-        "codes": model.vocab_size,
-        "pictures": len(images),
-        "tokens_per_code": counts.sum().item() / model.vocab_size,
-        "used": seen.used,
-        "perplexity": seen.perplexity,
-        "counts": counts.tolist(),
-    }
-    files.write_json(folder / "codebook.json", numbers)
-    print(f"{seen.used:.1%} of {model.vocab_size} codes in use over {len(images)} pictures")
-    print(f"perplexity {seen.perplexity:.1f}")
-    for name in ("atlas.png", "alone.png", "usage.png", "codebook.json"):
-        print(f"wrote {folder / name}")
+def most_used(counts: Tensor, count: int) -> Tensor:
+    """The `count` codes that were used most, the most used first, int64; those that were never used are left out."""
+    return counts.argsort(descending=True, stable=True)[: min(count, int((counts > 0).sum()))]

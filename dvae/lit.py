@@ -5,20 +5,27 @@ happen inside the order of the batches (`data.Endless`). Every random decision i
 (`seeds`). So a checkpoint holds weights, optimiser, averages and counters, and a killed run that is continued ends
 bit-identical to one that was never stopped.
 
-A run folder holds config.yaml, metrics.csv, samples/*.png, checkpoints/{last,best}.ckpt and the artefact model/.
+A run folder holds config.yaml, versions.json, metrics.csv and its curves.png, samples/*.png,
+checkpoints/{last,best}.ckpt and the artefact model/.
 """
 
 import contextlib
 import csv
 import hashlib
+import importlib.metadata
 import importlib.resources
 import io
+import itertools
+import json
 import logging
 import math
+import platform
 import signal
+import subprocess
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +37,16 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
-from dvae import images
+from dvae import images, plots
 from dvae.commands import Plain
 from dvae.data import Endless
-from dvae.errors import ArtefactError, DataError, EnvironmentProblem, NumericsError, Stopped, UserError
-from dvae.files import replacing, sweep
+from dvae.errors import ArtefactError, DataError, EnvironmentProblem, NumericsError, Stopped, UserError, warn
+from dvae.files import replacing, sweep, write_json
 from dvae.schedules import Schedule
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -290,6 +297,7 @@ class Validation(Callback):
         record(trainer, metrics)
         if trainer.state.fn != "fit":
             return
+        draw_curves(trainer)
         if not math.isfinite(metrics["val/loss"]):
             raise NumericsError(
                 f"the validation loss after update {trainer.global_step} is {metrics['val/loss']}",
@@ -353,6 +361,9 @@ class Checkpoints(Checkpoint):
                 sweep(run_folder(trainer) / folder)
 
     def on_train_start(self, trainer: Trainer, module: Lit) -> None:
+        if trainer.is_global_zero:
+            keep_versions(run_folder(trainer), trainer.global_step)
+
         def ask(number: int, frame: Any) -> None:
             if self.stop:
                 raise KeyboardInterrupt
@@ -400,14 +411,25 @@ def record(trainer: Trainer, metrics: Mapping[str, Tensor | float]) -> None:
         logger.log_metrics(numbers, step=trainer.global_step)
 
 
+def guests(trainer: Trainer) -> list["Guest"]:
+    """The loggers that the user has chosen, which take more than numbers."""
+    return [logger for logger in trainer.loggers if isinstance(logger, Guest)]
+
+
 def show(trainer: Trainer, name: str, picture: Tensor) -> None:
-    """Keep a uint8 picture `(3, H, W)` as samples/NAME-STEP.png, and give it to W&B where that logger is chosen."""
+    """Keep a uint8 picture `(3, H, W)` as samples/NAME-STEP.png, and give it to W&B and TensorBoard where chosen."""
     if not trainer.is_global_zero:
         return
     images.save(picture, run_folder(trainer) / "samples" / f"{name}-{trainer.global_step:07d}.png")
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):  # takes uint8 (H, W, 3): floats in [0, 1] would be shown as black
-            logger.log_image(name, [picture.permute(1, 2, 0).numpy()], step=trainer.global_step)
+    for guest in guests(trainer):
+        guest.log_picture(name, picture, trainer.global_step)
+
+
+def draw_curves(trainer: Trainer) -> None:
+    """Draw RUN/curves.png again, of all that metrics.csv holds."""
+    path = run_folder(trainer) / "metrics.csv"
+    if trainer.is_global_zero and path.is_file():
+        images.save(plots.curves_picture(plots.read(path.read_text())), path.with_name("curves.png"))
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -492,6 +514,81 @@ class MetricsFile(Logger):
             file.write(text.getvalue().encode())
 
 
+class Guest(Logger):
+    """Somebody else's logger. The first time that it fails is told, then it is left alone: the training goes on.
+
+    W&B and TensorBoard get pictures and histograms too, and W&B tables; any other logger gets the numbers.
+    """
+
+    name = "guest"
+    version = ""
+
+    def __init__(self, logger: Logger):
+        super().__init__()
+        self.logger, self.works = logger, True
+
+    def give(self, send: Callable[[Any], Any]) -> None:
+        if not self.works:
+            return
+        try:
+            send(self.logger)
+        except Exception as error:
+            self.works = False
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            warn(
+                f"{type(self.logger).__name__} has failed and gets nothing from now on: {reason}",
+                "the training goes on; metrics.csv, curves.png and samples/ of the run have everything",
+            )
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        self.give(lambda logger: logger.log_hyperparams(*args, **kwargs))
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.give(lambda logger: logger.log_metrics(metrics, step=step))
+
+    def log_picture(self, name: str, picture: Tensor, step: int) -> None:
+        """A uint8 picture `(3, H, W)`."""
+
+        def send(logger: Any) -> None:
+            if isinstance(logger, WandbLogger):  # takes uint8 (H, W, 3): floats in [0, 1] would be shown as black
+                logger.log_image(name, [picture.permute(1, 2, 0).numpy()], step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(name, picture.numpy(), step)
+
+        self.give(send)
+
+    def log_histogram(self, name: str, values: Tensor, step: int) -> None:
+        """How values of any shape are distributed."""
+
+        def send(logger: Any) -> None:
+            if isinstance(logger, WandbLogger):
+                from wandb import Histogram
+
+                logger.log_metrics({name: Histogram(values.flatten().tolist())}, step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_histogram(name, values.numpy(), step)
+
+        self.give(send)
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Rows of texts, numbers and uint8 pictures `(3, H, W)`."""
+
+        def send(logger: Any) -> None:
+            if isinstance(logger, WandbLogger):
+                from wandb import Image
+
+                shown = [[Image(x.permute(1, 2, 0).numpy()) if isinstance(x, Tensor) else x for x in r] for r in rows]
+                logger.log_table(name, columns=list(columns), data=shown, step=step)
+
+        self.give(send)
+
+    def save(self) -> None:
+        self.give(lambda logger: logger.save())
+
+    def finalize(self, status: str) -> None:
+        self.give(lambda logger: logger.finalize(status))
+
+
 class Progress(TQDMProgressBar):
     """A bar that counts to the end of the training."""
 
@@ -560,6 +657,20 @@ class Command(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """A checkpoint brings no settings with it: the config is the whole experiment."""
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            missing: BaseException | None = error
+            while missing and not isinstance(missing, ModuleNotFoundError):
+                missing = missing.__cause__
+            if not missing:
+                raise
+            raise EnvironmentProblem(
+                f"a package is missing: {str(missing).splitlines()[0]}",
+                'for TensorBoardLogger: pip install "trainable-dalle[tensorboard]"; other loggers need other packages',
+            ) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config[self.subcommand]
         if not config.run:
@@ -576,6 +687,7 @@ class Command(LightningCLI):
             trainer.callbacks = [*(trainer.callbacks or []), Progress(refresh_rate=10)]
         chosen = trainer.logger
         loggers = chosen if isinstance(chosen, list) else [chosen] if isinstance(chosen, Logger) else []
+        loggers = [Guest(logger) for logger in loggers]
         if self.subcommand == "fit":
             self.keep_config(run, continues=config.ckpt_path is not None)
             step = None if checkpoint is None else saved_step(checkpoint)
@@ -630,6 +742,45 @@ class Command(LightningCLI):
             file.write(text.encode())
 
 
+def versions() -> dict[str, str | None]:
+    """What a training runs with; null where that is not known."""
+    try:
+        project = importlib.metadata.version("trainable-dalle")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was not installed
+        project = None
+    return {
+        "project": project,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": importlib.metadata.version("lightning"),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this file lies in, "-dirty" after it where files differ from it."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    describe = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        git = ["git", "--no-optional-locks", "-C", str(root), *describe]
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def keep_versions(run: Path, update: int) -> None:
+    """Note in RUN/versions.json what the training runs with from this update on; what came later is forgotten."""
+    path = run / "versions.json"
+    try:
+        earlier = [entry for entry in json.loads(path.read_bytes()) if entry["update"] < update]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        earlier = []
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    write_json(path, [*earlier, {"update": update, "begun": now, **versions()}])
+
+
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The leaves of two nested configs that are not equal: (dotted key, old value, new value)."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -650,7 +801,7 @@ def spelled_out(args: Sequence[str]) -> list[str]:
     `--init_from RUN` means `--model.init_from RUN`.
     """
     found, previous = [], ""
-    for arg in args:
+    for arg in with_folder(args):
         if previous in ("-c", "--config"):
             arg = str(find_config(arg))
         elif arg.startswith("--config="):
@@ -660,6 +811,15 @@ def spelled_out(args: Sequence[str]) -> list[str]:
         found.append(arg)
         previous = arg
     return found
+
+
+def with_folder(args: Sequence[str]) -> list[str]:
+    """TensorBoard's files go to the run folder where no other is given."""
+    if "--trainer.logger=TensorBoardLogger" not in args or any("save_dir" in arg for arg in args):
+        return list(args)
+    named = [f"--run={after}" for arg, after in itertools.pairwise(args) if arg == "--run"]
+    named += [arg for arg in args if arg.startswith("--run=")]
+    return [*args, *(f"--trainer.logger.save_dir={arg.removeprefix('--run=')}" for arg in named[-1:])]
 
 
 def find_config(name: str) -> Path:

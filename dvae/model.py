@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dvae import artefact
 from dvae.errors import ArtefactError, UserError
 from dvae.likelihood import likelihood
-from dvae.quantize import Quantized, gumbel_softmax
+from dvae.quantize import GumbelSoftmax, Quantized
 
 
 @dataclass(frozen=True)
@@ -197,15 +197,21 @@ class Sphere(nn.Module):
 
 
 class DVAE(nn.Module):
-    """The image tokenizer; its face is `encode`, `decode`, `logits`, `decode_soft`, `codes`, `grid`, `vocab_size`."""
+    """The image tokenizer; its face is `encode`, `decode`, `logits`, `decode_soft`, `codes`, `grid`, `vocab_size`.
+
+    Args:
+        config: the architecture.
+        straight_through: of the `GumbelSoftmax`, in training.
+    """
 
     kind = "dvae"
 
-    def __init__(self, config: DVAEConfig):
+    def __init__(self, config: DVAEConfig, straight_through: bool = False):
         super().__init__()
         self.config = config
         self.likelihood = likelihood(config.likelihood, config.spread)
         self.encoder = Encoder(config)
+        self.quantizer = GumbelSoftmax(straight_through)
         self.decoder = Decoder(config, self.likelihood.channels)
         self.sphere = Sphere(config) if config.tied else None
 
@@ -253,7 +259,7 @@ class DVAE(nn.Module):
         return self.decoder.input.weight[:, :, 0, 0].t() if self.sphere is None else self.sphere.points()
 
     def forward(
-        self, images: Tensor, temperature: float, generator: torch.Generator, straight_through: bool = False
+        self, images: Tensor, temperature: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Quantized]:
         """The training pass: relaxed codes with Gumbel noise.
 
@@ -261,7 +267,7 @@ class DVAE(nn.Module):
             the decoder's raw output `(B, channels, H, W)`, the encoder's logits `(B, K, h, w)`, and the `Quantized`.
         """
         logits = self.logits(images)
-        quantized = gumbel_softmax(logits, temperature, generator, straight_through)
+        quantized = self.quantizer(logits, temperature, generator)
         return self.paint(quantized.z), logits, quantized
 
     def save(self, folder: str | Path, about: dict | None = None) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from dvae import artefact, lit, seeds
+from dvae import artefact, lit, plots, seeds
 from dvae.codebook import usage
 from dvae.data import (
     MANIFEST,
@@ -173,9 +173,9 @@ class LitDVAE(lit.Lit):
     ):
         super().__init__(optimiser, checkpoint_every, seed)
         self.temperature, self.kl_weight, self.usage_weight = temperature, kl_weight, usage_weight
-        self.straight_through, self.revival = straight_through, revival
+        self.revival = revival
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.model = DVAE(config)
+        self.model = DVAE(config, straight_through)
         self.started_from: str | None = None
         if init_from is not None:
             start = load(init_from)
@@ -202,12 +202,12 @@ class LitDVAE(lit.Lit):
         temperature, beta = self.temperature(update), self.kl_weight(update)
         weight = 0.0 if self.usage_weight is None else self.usage_weight(update)
         noise = seeds.generator(self.seed, "gumbel", batch_index, self.global_rank)
-        raw, logits, quantized = self.model(images, temperature, noise, self.straight_through)
+        raw, logits, quantized = self.model(images, temperature, noise)
         each = self.model.likelihood.nll(raw, images)
         if self.revival is not None:
             self.watch(quantized.tokens, each.detach() - each.detach().min())
         nll = each.mean()
-        kl = quantized.kl.mean()  # nats per picture
+        kl = quantized.penalty.mean()  # nats per picture
         gap = usage_gap(logits)
         loss = nll + beta * kl / images[0].numel() + weight * gap
         cells = quantized.tokens[0].numel()
@@ -264,13 +264,20 @@ class LitDVAE(lit.Lit):
         self.seen["pictures"] += len(images)
         self.seen["nll"] += model.likelihood.nll(hard, images).mean((1, 2, 3)).sum().item()
         self.seen["relaxed_nll"] += model.likelihood.nll(relaxed, images).mean((1, 2, 3)).sum().item()
-        self.seen["kl"] += quantized.kl.sum().item() / quantized.tokens[0].numel()
+        self.seen["kl"] += quantized.penalty.sum().item() / quantized.tokens[0].numel()
         self.seen["psnr"] += (-10 * error.clamp_min(1e-10).log10()).sum().item()
         self.counts += usage(quantized.tokens.cpu(), model.vocab_size).counts
         if batch_index == 0 and self.trainer.state.fn == "fit":
             count = min(16, len(images))
             both = torch.stack([images[:count], model.likelihood.picture(hard[:count])], 1).flatten(0, 1)
             lit.show(self.trainer, "reconstructions", grid(to_uint8(both.cpu()), columns=min(8, 2 * count)))
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.state.fn != "fit":
+            return
+        lit.show(self.trainer, "codebook", plots.usage_picture(self.counts))
+        for guest in lit.guests(self.trainer):
+            guest.log_histogram("codebook/cells_per_code", self.counts, self.trainer.global_step)
 
     def test_step(self, batch: dict[str, Any], batch_index: int) -> None:
         self.validation_step(batch, batch_index)

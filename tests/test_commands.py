@@ -122,8 +122,8 @@ def test_a_prompt_or_a_file_but_not_both_and_not_neither(tmp_path, tiny_dalle, c
 def test_a_missing_run(tmp_path, capsys):
     what, _ = refused(capsys, dalle, ["sample", tmp_path / "none", "a", "--out", tmp_path / "out"], 4)
     assert "none" in what
-    refused(capsys, dvae, ["reconstruct", tmp_path / "none", "scenes:val:4"], 4)
-    refused(capsys, dvae, ["codebook", tmp_path / "none", "scenes:val:4"], 4)
+    for command in ("reconstruct", "codebook", "evaluate"):
+        refused(capsys, dvae, [command, tmp_path / "none", "scenes:val:4"], 4)
 
 
 @pytest.mark.parametrize("fault", ["flip", "cut", "json", "stage 1"])
@@ -215,10 +215,25 @@ def test_codebook_says_what_it_wrote(tmp_path, tiny_dvae, capsys):
     assert run(dvae, ["codebook", tiny_dvae, "scenes:val:64", "--out", tmp_path]) == 0
     out = capsys.readouterr().out
     assert all(f"wrote {path}" in out for path in tmp_path.iterdir())
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 7
 
 
-@pytest.mark.parametrize("command", ["reconstruct", "codebook"])
+def test_evaluate_measures_what_reconstruct_shows(tmp_path, tiny_dvae, capsys):
+    for command in ("evaluate", "reconstruct"):
+        assert run(dvae, [command, tiny_dvae, "scenes:val:64", "--count", 6, "--out", tmp_path]) == 0
+    measured, shown = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("evaluation", "reconstructions"))
+    assert measured["psnr"] == pytest.approx(shown["psnr"]) and measured["pictures"] == len(shown["pictures"]) == 6
+    assert f"PSNR {measured['psnr']:.2f} dB\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("features", ["", "none.pt2", "pyproject.toml"])
+def test_features_that_are_none(features, tmp_path, tiny_dvae, capsys):
+    args = ["evaluate", tiny_dvae, "scenes:val:4", "--out", tmp_path / "out", "--features", features]
+    what, hint = refused(capsys, dvae, args, 2)
+    assert features in what and "torch.export" in hint and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "codebook", "evaluate"])
 @pytest.mark.parametrize("change, code", [(["--count", "0"], 2), (["--count", "-3"], 2), (["--count", "x"], 2)])
 def test_wrong_values_of_stage_one_write_nothing(command, change, code, tmp_path, tiny_dvae, capsys):
     refused(capsys, dvae, [command, tiny_dvae, "scenes:val:4", "--out", tmp_path, *change], code)
@@ -227,4 +242,5 @@ def test_wrong_values_of_stage_one_write_nothing(command, change, code, tmp_path
 
 def test_missing_data(tmp_path, tiny_dvae, capsys):
     refused(capsys, dvae, ["reconstruct", tiny_dvae, tmp_path / "none", "--out", tmp_path], 3)
-    refused(capsys, dvae, ["codebook", tiny_dvae, "scenes:train:0", "--out", tmp_path], 3)
+    for command in ("codebook", "evaluate"):
+        refused(capsys, dvae, [command, tiny_dvae, "scenes:train:0", "--out", tmp_path], 3)

@@ -6,25 +6,31 @@ That a killed run ends where an uninterrupted one does is test_resume.py's matte
 import copy
 import csv
 import io
+import json
 import math
 import multiprocessing
 import os
+import platform
 import random
+import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import dalle.__main__
 import dvae.__main__
 import dvae.train
+from dalle.pipeline import load as load_dalle
 from dalle.prepare import prepare
 from dalle.train import LitDALLE
-from dvae import artefact, lit
+from dvae import artefact, lit, plots
 from dvae.data import open_source
 from dvae.errors import ArtefactError, UserError
 from dvae.images import save as to_png
@@ -717,10 +723,12 @@ def test_from_codes_starts_from_what_the_codes_look_like(new, tiny_tokens, monke
 # ------------------------------------------------------------------------------------------------------------- extras
 
 
-def test_wandb_gets_numbers_and_uint8_pictures(new, monkeypatch):
+@pytest.mark.parametrize("stage", MAIN)
+def test_wandb_gets_numbers_uint8_pictures_histograms_and_a_table(stage, new, monkeypatch):
+    import wandb
     from lightning.pytorch.loggers import WandbLogger
 
-    numbers, pictures = {}, []
+    numbers, pictures, tables = {}, [], []
 
     class Quiet(WandbLogger):  # everything up to the border of wandb itself
         experiment = None
@@ -731,26 +739,144 @@ def test_wandb_gets_numbers_and_uint8_pictures(new, monkeypatch):
         def log_image(self, key, images, step=None, **_):
             pictures.append((key, step, images))
 
+        def log_table(self, key, columns=None, data=None, step=None, **_):
+            tables.append((key, columns, data, step))
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger", Quiet)
     monkeypatch.setattr(lit, "WandbLogger", Quiet)
-    run = new("dvae")
+    run = new(stage)
     run.config["trainer"]["max_steps"] = 2
     run.config["trainer"]["logger"] = {
         "class_path": "lightning.pytorch.loggers.WandbLogger",
         "init_args": {"save_dir": str(run.folder)},
     }
-    assert run()[0] == 0
+    code, said = run()
+    assert code == 0 and "has failed" not in said
     rows = run.metrics()
     assert numbers.keys() == {1, 2} and f"{numbers[2]['val/loss']:.6g}" == rows[-1]["val/loss"]
-    (key, step, [picture]) = pictures[0]
-    assert (key, step) == ("reconstructions", 2)
-    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3 and picture.max() > 1
+    assert [(key, step) for key, step, _ in pictures] == {
+        "dvae": [("reconstructions", 2), ("codebook", 2)],
+        "dalle": [("samples", 2)],
+    }[stage]
+    for _, _, [picture] in pictures:
+        assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3 and picture.max() > 1
+    if stage == "dvae":
+        histogram = numbers[2]["codebook/cells_per_code"]
+        assert isinstance(histogram, wandb.Histogram) and sum(histogram.histogram) == 16, "each code once"
+        return
+    ((key, columns, data, step),) = tables
+    assert (key, columns, step) == ("prompts", ["prompt", "picture", "score"], 2)
+    drawer = load_dalle(run.folder)
+    caption = (run.folder / "samples" / "prompts.txt").read_text().partition(": ")[2].strip()
+    expected = drawer(caption, count=4, keep=4, seed=0)
+    assert [row[0] for row in data] == [caption] * 4 and all(isinstance(row[1], wandb.Image) for row in data)
+    by_number = {picture.number: picture for picture in expected}
+    for number, (_, picture, score) in enumerate(data):
+        assert score == pytest.approx(by_number[number].score, abs=1e-3), "what the pipeline would rank it by"
+        assert np.array_equal(np.asarray(picture.image), np.asarray(by_number[number].pil()))
+
+
+def test_tensorboard_gets_numbers_pictures_and_histograms(new):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = new("dvae")
+    code, said = run("--run", str(run.folder), "--trainer.logger=TensorBoardLogger")
+    assert code == 0 and "has failed" not in said
+    (events,) = run.folder.rglob("events.out.tfevents.*")  # in the run folder, where no other was given
+    found = accumulator.EventAccumulator(str(events.parent), {"images": 0, "histograms": 0, "scalars": 0})
+    found.Reload()
+    losses = {event.step: f"{event.value:.5g}" for event in found.Scalars("val/loss")}
+    assert losses == {int(row["step"]): f"{float(row['val/loss']):.5g}" for row in run.metrics() if row["val/loss"]}
+    for name in ("reconstructions", "codebook"):
+        assert [event.step for event in found.Images(name)] == [2, 4]
+    shown = Image.open(io.BytesIO(found.Images("reconstructions")[-1].encoded_image_string))
+    kept = Image.open(run.folder / "samples" / "reconstructions-0000004.png")
+    assert np.array_equal(np.asarray(shown), np.asarray(kept))
+    assert [event.histogram_value.num for event in found.Histograms("codebook/cells_per_code")] == [16, 16]
+
+
+def test_a_logger_that_is_not_installed_is_an_error_before_the_training(new, monkeypatch):
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", False)
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", False)
+    run = new("dvae")
+    code, said = run("--run", str(run.folder), "--trainer.logger=TensorBoardLogger")
+    assert code == 5 and not run.folder.exists()
+    assert said == (
+        "error: a package is missing: Neither `tensorboard` nor `tensorboardX` is available. Try `pip install`ing "
+        'either.\nhint: for TensorBoardLogger: pip install "trainable-dalle[tensorboard]"; other loggers need other '
+        "packages\n"
+    )
+
+
+@pytest.mark.parametrize("stage", MAIN)
+@pytest.mark.parametrize("when", ["at the start", "on the way"])
+def test_T33_a_logger_that_fails_does_not_end_the_training(stage, when, new, monkeypatch):
+    from lightning.pytorch.loggers import WandbLogger
+
+    asked = []
+
+    class Broken(WandbLogger):
+        @property
+        def experiment(self):
+            asked.append(self)
+            if when == "at the start" or len(asked) > 2:
+                raise ConnectionError("no route to\nhost")
+            return SimpleNamespace(log=lambda *_: None)
+
+    monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger", Broken)
+    monkeypatch.setattr(lit, "WandbLogger", Broken)
+    run, quiet = new(stage), new(stage, "quiet")
+    assert quiet()[0] == 0
+    run.config["trainer"]["logger"] = {
+        "class_path": "lightning.pytorch.loggers.WandbLogger",
+        "init_args": {"save_dir": str(run.folder), "offline": True},
+    }
+    code, said = run()
+    assert code == 0
+    assert said.count("warning: Broken has failed and gets nothing from now on: no route to host\n") == 1
+    assert len(asked) == (1 if when == "at the start" else 3)
+    assert (run.folder / "metrics.csv").read_bytes() == (quiet.folder / "metrics.csv").read_bytes()
+    names = [sorted(path.name for path in (r.folder / "samples").iterdir()) for r in (run, quiet)]
+    assert names[0] == names[1] and len(names[0]) > 1
+    assert equal(run.checkpoint()["state_dict"], quiet.checkpoint()["state_dict"])
+
+
+@STAGES
+def test_curves_and_versions_are_kept(stage, new):
+    run = new(stage)
+    run.config["trainer"]["max_steps"] = 2
+    assert run()[0] == 0
+    first = (run.folder / "curves.png").read_bytes()
+    curves = plots.read((run.folder / "metrics.csv").read_text())
+    drawn = torch.from_numpy(np.array(Image.open(io.BytesIO(first)))).permute(2, 0, 1)
+    assert torch.equal(drawn, plots.curves_picture(curves))
+    run.config["trainer"]["max_steps"] = 4
+    assert run("--ckpt_path", "last")[0] == 0
+    assert (run.folder / "curves.png").read_bytes() != first
+    begun, continued = json.loads((run.folder / "versions.json").read_text())
+    assert (begun["update"], continued["update"]) == (0, 2)
+    for entry in (begun, continued):
+        assert entry["torch"] == torch.__version__ and entry["python"] == platform.python_version()
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", entry["begun"])
+    if stage == "dvae":
+        assert [p.name for p in sorted((run.folder / "samples").glob("codebook*"))] == [
+            "codebook-0000002.png",
+            "codebook-0000004.png",
+        ]
+    before = {path: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
+    assert run("--ckpt_path", "last", command="validate")[0] == 0
+    assert before == {path: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
+
+
+def test_versions_of_what_cannot_be_read_begin_anew(tmp_path):
+    for content in ("", "{}", "[1]", '[{"x": 1}]', "\0"):
+        (tmp_path / "versions.json").write_text(content)
+        lit.keep_versions(tmp_path, 7)
+        (entry,) = json.loads((tmp_path / "versions.json").read_text())
+        assert entry["update"] == 7
 
 
 def test_show_keeps_what_it_is_given(tmp_path):
-    from PIL import Image
-
     class Trainer:
         is_global_zero, global_step, default_root_dir, loggers = True, 7, str(tmp_path), ()
 

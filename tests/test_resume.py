@@ -154,7 +154,7 @@ POINTS: dict[str, Callable[[str], None]] = {
     # after update 12, which is a multiple of checkpoint_every too
     "in the last validation": lambda stage: before(MODULES[stage], "validation_step", 8),
     "in the metrics": lambda stage: before(os, "replace", 4, lambda old, new: Path(new).name == "metrics.csv"),
-    "in a picture": lambda stage: before(os, "replace", 2, lambda old, new: Path(new).suffix == ".png"),
+    "in a picture": lambda stage: before(os, "replace", 1, lambda old, new: Path(new).name.endswith("-0000006.png")),
     "between artefact and best.ckpt": lambda stage: before(lit.Checkpoints, "on_validation_end", 2),
     "between best.ckpt and last.ckpt": lambda stage: before(lit.Checkpoints, "save", 3),
     "between accumulated batches": lambda stage: before(MODULES[stage], "training_step", 10),

@@ -1,13 +1,10 @@
 """Drawings have the sizes and the colours that they promise."""
 
-import json
-
 import pytest
 import torch
+from matplotlib import colormaps
 
-from dvae.drawings import BAD, INK, PAPER, Label, atlas, bars, codebook_report, sheet
-from dvae.images import open_image
-from dvae.model import load
+from dvae.drawings import BAD, INK, PAPER, Label, atlas, heat_map, labelled_atlas, most_used, sheet
 
 
 def plain(colour: tuple[int, int, int], side: int = 8) -> torch.Tensor:
@@ -53,22 +50,65 @@ def test_the_atlas_has_the_most_used_first_and_leaves_unused_codes_out():
     assert has(drawn, colours[1]) == 0 and has(drawn, colours[2]) == 12 * 12
 
 
-def test_bars_fall_and_their_ink_is_in_proportion():
-    drawn = bars(torch.tensor([1, 4, 0, 2]), height=40, width=80)
-    assert drawn.shape == (3, 40, 80) and drawn.dtype == torch.uint8
-    ink = (drawn[0] == INK[0]).sum(0)
-    assert ink.tolist() == [40] * 20 + [20] * 20 + [10] * 20 + [0] * 20
-    assert has(drawn, INK) + has(drawn, PAPER) == 40 * 80
-    assert (drawn[0, -1, :60] == INK[0]).all()  # they stand on the ground
+def test_the_labelled_atlas_has_sixteen_a_row_and_leaves_unused_codes_out():
+    colours = [(k, 0, 0) for k in range(1, 41)]
+    patches = torch.stack([plain(c, 4) for c in colours]).float() / 255
+    counts = torch.arange(40)
+    drawn = labelled_atlas(patches, counts, count=20, side=40)
+    assert drawn.shape == (3, 6 + 2 * (40 + 14 + 6), 6 + 16 * (40 + 6) + 6)
+    assert [has(drawn, c) for c in colours] == [0] * 20 + [40 * 40] * 20
+    firsts = [drawn[0, 26, 6 + 20 + k * 46].item() for k in range(16)]
+    assert firsts == list(range(40, 24, -1))
+    assert has(labelled_atlas(patches, counts, side=40), colours[0]) == 0
 
 
-def test_the_report_of_a_codebook_counts_what_was_encoded(tmp_path, tiny_dvae, capsys):
-    codebook_report(str(tiny_dvae), "scenes:train:64", str(tmp_path), count=20)
-    said = capsys.readouterr().out
-    assert len(list(tmp_path.iterdir())) == 4 and all(str(path) in said for path in tmp_path.iterdir())
-    numbers = json.loads((tmp_path / "codebook.json").read_text())
-    assert numbers["pictures"] == 20 and sum(numbers["counts"]) == 20 * 16 and numbers["codes"] == 16
-    assert numbers["used"] == sum(count > 0 for count in numbers["counts"]) / 16
-    assert open_image(tmp_path / "usage.png").shape == (3, 120, 640)
-    assert "20 pictures" in said
-    assert load(tiny_dvae).vocab_size == 16
+def test_the_most_used_codes_come_first_and_the_earlier_of_equal_ones():
+    assert most_used(torch.tensor([3, 0, 9, 3, 1]), 3).tolist() == [2, 0, 3]
+    assert most_used(torch.tensor([0, 0, 1]), 3).tolist() == [2]
+
+
+def test_a_heat_map_shows_the_weights_over_the_grey_picture():
+    picture = torch.stack([torch.full((16, 16), level) for level in (30, 60, 90)]).to(torch.uint8)
+    weights = torch.tensor([[0.0, 1.0], [2.0, 4.0]])
+    drawn = heat_map(picture, weights, side=32)
+    assert drawn.shape == (3, 32, 32) and drawn.dtype == torch.uint8
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        cell = drawn[:, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16].flatten(1)
+        colour = torch.tensor(colormaps["inferno"](weights[row, column].item() / 4)[:3]).float() * 255
+        assert (cell == cell[:, :1]).all()
+        assert torch.allclose(cell[:, 0].float(), 0.5 * 60 + 0.5 * colour, atol=0.51)
+
+
+def test_the_brightness_of_a_heat_map_rises_with_the_weight():
+    grey = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    drawn = heat_map(grey, torch.arange(8.0)[None], side=8).float()
+    light = 0.2126 * drawn[0] + 0.7152 * drawn[1] + 0.0722 * drawn[2]
+    assert (light[0].diff() > 0).all()
+
+
+def test_heat_maps_share_a_scale_by_their_peak_and_bear_weights_of_zero():
+    picture, weights = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.tensor([[1.0, 2.0]])
+    shared = heat_map(picture, weights, side=8, peak=4.0)
+    assert torch.equal(shared[:, 0, 4], heat_map(picture, weights * 2, side=8, peak=8.0)[:, 0, 4])
+    assert not torch.equal(shared, heat_map(picture, weights, side=8))
+    nothing = heat_map(picture, torch.zeros(2, 2), side=8)
+    assert (nothing == nothing[:, :1, :1]).all()
+    with pytest.raises(AssertionError):
+        heat_map(picture, -weights)
+
+
+def test_a_heat_map_keeps_the_shape_of_its_picture():
+    picture = torch.zeros(3, 8, 16, dtype=torch.uint8)
+    picture[:, :, 8:] = 255
+    drawn = heat_map(picture, torch.ones(3, 1), side=24)
+    assert drawn.shape == (3, 24, 48)
+    assert (drawn[:, :, 24:] == drawn[:, :1, -1:]).all() and (drawn[:, :, :24] == drawn[:, :1, :1]).all()
+    assert (drawn[:, 0, 0] < drawn[:, 0, -1]).all()
+
+
+def test_a_title_is_never_cut_off():
+    rows = [("", torch.stack([plain((9, 8, 7))]), [Label()])]
+    drawn = sheet(rows, side=32, title="x" * 80)
+    ink = (drawn != 255).any(0).nonzero()[:, 1]
+    assert drawn.shape[2] > 400 and ink.max() < drawn.shape[2] - 2
+    assert sheet(rows, side=32).shape == (3, 6 + 32 + 6, 6 + 32 + 6 + 6)
