@@ -120,6 +120,7 @@ def prepare(
     digest = files.sha256_file(folder / "text.json")
     tokens = {part: files.sha256_file(folder / part / "tokens.json") for part in ("train", "val")}
     described = {"format": FORMAT, "sizes": asdict(sizes), "dvae": identity, "text": digest, "tokens": tokens}
+    described["data"] = data
     described["split"] = {"val": val, "val_share": val_share, "hold_out": hold_out}
     files.write_json(folder / MANIFEST, described)
     (folder / UNFINISHED).unlink()

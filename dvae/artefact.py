@@ -28,6 +28,7 @@ from dvae import files as disk
 from dvae.errors import ArtefactError, NumericsError
 
 MANIFEST = "artefact.json"
+PRETRAINED = Path(__file__).parent.parent / "dalle" / "pretrained"  # models that come with the project, by name
 FORMAT = 1
 KINDS = ("dvae", "dalle")
 
@@ -146,7 +147,9 @@ def digest(folder: str | Path) -> str:
 
 
 def find(run: str | Path, kind: str) -> Path:
-    """The artefact's folder, given that folder itself or the run folder whose `model` it is.
+    """The artefact's folder, given that folder itself, the run folder whose `model` it is, or a name in `PRETRAINED`.
+
+    The name of a shipped transformer also stands for the image tokenizer that it carries.
 
     Raises:
         ArtefactError: there is none, or it is of another kind.
@@ -156,10 +159,21 @@ def find(run: str | Path, kind: str) -> Path:
         if (folder / MANIFEST).is_file():
             _expect(folder, _read_manifest(folder), kind)
             return folder
+    names = pretrained()
+    if str(run) in names:
+        shipped = PRETRAINED / run
+        part = _read_manifest(shipped)["parts"].get(kind)
+        return shipped if part is None else shipped / part["folder"]
     raise ArtefactError(
         f"no trained {kind} in {run}: neither {MANIFEST} nor model/{MANIFEST} is there",
-        "give a run folder whose training has validated at least once, or the model folder itself",
+        "give a run folder whose training has validated at least once, or the model folder itself"
+        + (f", or a model that comes with the project: {', '.join(names)}" if names else ""),
     )
+
+
+def pretrained() -> list[str]:
+    """The names of the models that come with the project."""
+    return sorted(folder.parent.name for folder in PRETRAINED.glob(f"*/{MANIFEST}"))
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
