@@ -25,7 +25,7 @@ ROOMS = """
 WITH_LIGHTNING = {"dvae.lit", "dvae.train", "dalle.train"}
 MAY_BRING_LIGHTNING = WITH_LIGHTNING | {"dalle.demo"}  # it trains
 TOP_LEVEL = {"pyproject.toml", *PACKAGES, "configs", "tests", "notebooks", "README.md", "LICENSE", "SECURITY.md"}
-LARGEST_FILE = 1_000_000  # bytes
+LARGEST_FILE, LARGEST_MODEL = 1_000_000, 16_000_000  # bytes; of a shipped model, with all that it needs
 
 
 def module_files():
@@ -210,9 +210,12 @@ def test_the_top_level_holds_only_what_belongs_there():
     assert {name for name in top if not name.startswith(".")} <= TOP_LEVEL
 
 
-def test_no_file_is_large():
+def test_no_file_is_large_and_no_shipped_model_too():
     sizes = {path.relative_to(ROOT).as_posix(): path.stat().st_size for path in tracked()}
-    assert {name: size for name, size in sizes.items() if size > LARGEST_FILE} == {}
+    models = {name: size for name, size in sizes.items() if name.startswith("dalle/pretrained/")}
+    assert {name: size for name, size in sizes.items() if size > LARGEST_FILE and name not in models} == {}
+    for model in {name.split("/")[2] for name in models}:
+        assert sum(size for name, size in models.items() if name.split("/")[2] == model) < LARGEST_MODEL, model
 
 
 def test_no_file_names_a_place_on_one_machine():

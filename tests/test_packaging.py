@@ -53,10 +53,16 @@ def test_what_the_wheel_holds(wheel):
     modules = {str(path.relative_to(ROOT)) for package in ("dvae", "dalle") for path in (ROOT / package).glob("*.py")}
     configs = {f"dvae/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert {"dvae/__init__.py", "dalle/__init__.py"} <= modules and "dvae/configs/dvae/demo.yaml" in configs
+    models = {str(path.relative_to(ROOT)) for path in (ROOT / "dalle" / "pretrained").rglob("*") if path.is_file()}
     inside = {name for name in names if ".dist-info/" not in name}
-    assert inside == modules | configs, "nothing is missing, and no tests or runs are packed by mistake"
+    assert inside == modules | configs | models, "nothing is missing, and no tests or runs are packed by mistake"
     assert dict(programs["console_scripts"]) == {"dvae": "dvae.__main__:main", "dalle": "dalle.__main__:main"}
     assert any(name.endswith("LICENSE") for name in names)
+
+
+def test_the_wheel_finds_its_own_models(python, unpacked):
+    look = "from dvae import artefact\nprint(*artefact.pretrained(), artefact.find('emoji', 'dalle'), sep='\\n')"
+    assert python("-c", look).splitlines() == ["emoji", str(unpacked / "dalle" / "pretrained" / "emoji")]
 
 
 def test_the_wheel_finds_its_own_configs(python, unpacked):

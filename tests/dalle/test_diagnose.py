@@ -94,6 +94,17 @@ def test_a_run_is_asked_for_all_four_stages(tiny_dalle, tmp_path, capsys):
     assert not any(found["next"] for found in described["findings"] if found["verdict"] == FINE)
 
 
+@pytest.mark.parametrize(
+    "settings, fault", [({"top_k": 1}, True), ({"top_k": 1, "temperature": 1.1}, True), ({"top_p": 0.9}, False)]
+)
+def test_the_setting_that_leaves_nothing_to_choose_from_is_named(settings, fault, tiny_dalle):
+    usual = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 1.0}
+    case = room.gather(str(tiny_dalle), "scenes:train:60", "out", usual | settings, 20, 0, 0.01)
+    (found,) = [f for f in room.examine(case)[0] if f.check == "settings: not too careful"]
+    assert (found.verdict == FAULT) == fault
+    assert not fault or found.next.startswith("top_k 1 draws nearly the same picture each time")
+
+
 def test_the_same_run_gets_the_same_diagnosis(tiny_dalle):
     case = room.gather(str(tiny_dalle), "scenes:train:60", "out", {"temperature": 2.0}, 20, 2, 0.01)
     (first, drawn), (second, again) = room.examine(case), room.examine(case)
