@@ -138,7 +138,7 @@ def draw(
     drawer: pipeline.Pipeline, captions: Sequence[str], candidates: int, seed: int, settings: dict[str, Any]
 ) -> Tensor:
     """The best of some candidates for each caption: uint8 `(P, 3, H, W)`."""
-    numbered = enumerate(tqdm(captions, "drawing", unit="caption", leave=False))
+    numbered = enumerate(tqdm(captions, "drawing", unit="caption", leave=False, disable=None))
     each = [drawer(text, candidates, 1, seed * 1_000_000 + k, **settings)[0].image for k, text in numbered]
     return torch.stack(each)
 
@@ -159,7 +159,7 @@ def measure(drawn: Tensor, own: Tensor, training: Source) -> tuple[list[int], li
     true = (points - small(own)).square().mean(1).sqrt()
     best, nearest = torch.full_like(true, torch.inf), torch.zeros(len(true), dtype=torch.int64)
     nearer = torch.zeros(len(true), dtype=torch.int64)
-    for first in tqdm(range(0, len(training), _BATCH), "comparing", leave=False):
+    for first in tqdm(range(0, len(training), _BATCH), "comparing", leave=False, disable=None):
         others = small(training.images(range(first, min(first + _BATCH, len(training)))))
         distance = torch.stack([(others - point).square().mean(1).sqrt() for point in points])  # (P, B)
         least, place = distance.min(1)

@@ -98,7 +98,7 @@ def measure(folder: Path, seed: int, quick: bool, clock: dict[str, float]) -> di
     def draw(split: str, first: int, count: int, candidates: int, settings: Settings) -> Candidates:
         captions = [scenes.captions(split, index)[0] for index in range(first, first + count)]
         seeds = [seed * 1_000_000 + index for index in range(first, first + count)]
-        with tqdm(total=count, desc=f"drawing {split}", unit="prompt", leave=False) as bar:
+        with tqdm(total=count, desc=f"drawing {split}", unit="prompt", leave=False, disable=None) as bar:
             return draw_and_judge(drawer, captions, candidates, seeds, settings, RANKERS, bar.update)
 
     with timed(clock, "reconstructions"):

@@ -163,7 +163,8 @@ def batched(captions: Iterator[str], size: int = 10_000) -> Iterator[list[str]]:
 @torch.inference_mode()
 def _encode(tokenizer: DVAE, pairs: Source, folder: Path, crops: int, batch: int) -> None:
     writer = TokenWriter(folder, tokenizer.grid, tokenizer.vocab_size, crops)
-    for first in tqdm(range(0, len(pairs), batch), desc=f"encoding {folder.name}", unit="batch", leave=False):
+    firsts = range(0, len(pairs), batch)
+    for first in tqdm(firsts, desc=f"encoding {folder.name}", unit="batch", leave=False, disable=None):
         rows = range(first, min(first + batch, len(pairs)))
         tokens = [tokenizer.encode(images.float() / 255) for images in _cropped(pairs, rows, crops)]
         writer.write(torch.stack(tokens, 1), [pairs.captions(index) for index in rows])

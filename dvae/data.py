@@ -131,7 +131,7 @@ class Scenes(Source):
     def _draw(self) -> Tensor:
         pictures = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
         starts = range(0, len(self), 256)
-        for start in tqdm(starts, desc="drawing scenes", leave=False, delay=1):
+        for start in tqdm(starts, desc="drawing scenes", leave=False, delay=1, disable=None):
             rows = range(start, min(start + 256, len(self)))
             drawn = [scenes.scene(self.split, index, seed=self.seed) for index in rows]
             pictures[rows.start : rows.stop] = scenes.draw(drawn, self.size)
@@ -368,7 +368,7 @@ def _write_manifest(name: str, listing: Listing, table: "Table | None", folder: 
         pool.ThreadPool(threads) as workers,  # unlike an executor, it lets go of a thread that is stuck
     ):
         seen = _in_order(workers, lambda row: _examine(row, table), listing.rows, _AHEAD * threads)
-        for row in tqdm(seen, desc="examining pictures", unit="", leave=False, delay=1):
+        for row in tqdm(seen, desc="examining pictures", unit="", leave=False, delay=1, disable=None):
             listed += 1
             if "fault" not in row:
                 used += 1
