@@ -6,7 +6,6 @@ suffer from it. Each check compares one number of `dalle.symptoms` with two thre
 and the words, and computes nothing of its own.
 """
 
-import csv
 import html
 import json
 import math
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import yaml
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -26,23 +26,25 @@ from tqdm import tqdm
 
 from dalle import pipeline, symptoms
 from dalle.pairs import open_pairs
-from dalle.sampling import Sampled
-from dvae import artefact, files, seeds
+from dalle.prepare import LONGEST
+from dalle.sampling import Sampled, check_settings
+from dvae import artefact, files, plots, seeds
 from dvae.codebook import usage
-from dvae.data import Source, check_names, check_outside, split
+from dvae.data import Source, check_names, check_outside, check_share, open_source, split
 from dvae.drawings import BAD, GOOD, INK, Label, sheet
 from dvae.errors import ArtefactError, UserError
 from dvae.images import save, to_uint8
 from dvae.listing import printable
 from dvae.model import load
-from dvae.plots import bars, cell_map
 
 DATA, STAGE_1, STAGE_2, SAMPLING = STAGES = "the data", "stage 1", "stage 2", "sampling"
 FINE, LOOK, FAULT, UNKNOWN = "fine", "look", "fault", "not known"
 TRIAL = 8  # pairs that the transformer must be able to learn by heart
+LEAST_UPDATES = 20  # of that trial, before not having learned them is a fault
 CAPTIONS, CANDIDATES = 16, 4  # drawn to compare sampling with training
 FEWEST = 16  # pictures below which a mean says nothing
 SHOWN = 8  # pictures in a row of a drawn page
+EXACT = "step by step as all at once"  # the one check that is not a matter of statistics
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Case(NamedTuple):
     digests: list[str]  # of the training sample's pictures
     tuned: bool
     recorded: float | None  # image loss, nats per token
-    metrics: list[dict[str, str]]
+    losses: np.ndarray  # of the training
     settings: dict[str, Any]
     updates: int
 
@@ -133,6 +135,8 @@ def diagnose(
     guidance: float = 1.0,
     count: PositiveInt = 256,
     updates: NonNegativeInt = 60,
+    hold_out: str | None = None,
+    val_share: float | None = None,
     max_bad: float = 0.01,
 ) -> None:
     """Say which stage is at fault: the data, the image tokenizer, the transformer, or the way it is sampled.
@@ -150,10 +154,14 @@ def diagnose(
         count: pictures looked at of either side, at most.
         updates: of the trial whether the transformer can learn eight pairs by heart; 0 leaves it out, as you may want
             for a model that is large for this machine.
+        hold_out: a regular expression; the rows with a caption that it matches whole were held out. Without this and
+            the next: what `dalle prepare` was told.
+        val_share: a share of the rows that was held out, or should be for data that the model has never seen.
         max_bad: share of rows that may be unusable.
     """
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-    case = gather(run, data, out, settings, count, updates, max_bad)
+    held = {"hold_out": hold_out, "val_share": val_share}
+    case = gather(run, data, out, settings, count, updates, max_bad, held)
     folder = Path(out)
     findings, drawings = examine(case, progress=True)
     for name, drawing in drawings.items():
@@ -172,20 +180,29 @@ def diagnose(
 
 
 def gather(
-    run: str, data: str | None, out: str, settings: dict[str, Any], count: int, updates: int, max_bad: float
+    run: str,
+    data: str | None,
+    out: str,
+    settings: dict[str, Any],
+    count: int,
+    updates: int,
+    max_bad: float,
+    held: dict[str, Any] | None = None,
 ) -> Case:
     """Load the models and a sample of their pictures; the samples depend on nothing but the data."""
     drawer, tokenizer, about, tuned = _models(run)
     name, parts = (data, about.get("split", {})) if data else _data_of(Path(run))
-    parts = {"val": None, "val_share": None, "hold_out": None} | parts
+    parts = {"val": None, "val_share": None, "hold_out": None} | (held if held and any(held.values()) else parts)
     check_names(name, parts["val"], parts["hold_out"])
     check_outside(out, name, parts["val"])
+    if drawer:
+        check_settings(drawer.model, **settings)
     size = tokenizer.config.image_size
-    train = open_pairs(name, size, max_bad)
+    train = _open(name, size, max_bad, spoken=drawer is not None)
     if parts["val"] is None:
         train, val = split(train, parts["val_share"] or 0.05, parts["hold_out"])
     else:
-        val = open_pairs(parts["val"], size, max_bad)
+        val = _open(parts["val"], size, max_bad, spoken=drawer is not None)
     rows = _chosen(train, count)
     return Case(
         name=run,
@@ -196,7 +213,7 @@ def gather(
         digests=[train.digest(row) for row in rows],
         tuned=tuned,
         recorded=about.get("val/image_loss") if drawer else None,
-        metrics=_metrics(Path(run)),
+        losses=_losses(Path(run)),
         settings=settings,
         updates=updates,
     )
@@ -228,16 +245,24 @@ def _data_of(run: Path) -> tuple[str, dict[str, Any]]:
         prepared = json.loads((Path(data["tokens"]) / "prepared.json").read_text())
         return prepared["data"], prepared["split"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{run} does not lead to the data that it was trained on", hint) from error
+        why = f"{error.filename} is missing" if isinstance(error, FileNotFoundError) else "its config does not say"
+        raise UserError(f"{run} does not lead to the data that it was trained on: {why}", hint) from error
 
 
-def _metrics(run: Path) -> list[dict[str, str]]:
-    """The rows of a run's metrics.csv; none where there is no such file."""
-    try:
-        with open(run / "metrics.csv", newline="") as file:
-            return list(csv.DictReader(file))
-    except OSError:
-        return []
+def _losses(run: Path) -> np.ndarray:
+    """The training's image losses by a run's metrics.csv; none where there are none."""
+    path = run / "metrics.csv"
+    curves = plots.read(path.read_bytes().decode(errors="replace")) if path.is_file() else {}
+    return curves["train/image_loss"].values if "train/image_loss" in curves else np.zeros(0)
+
+
+def _open(name: str, size: int, max_bad: float, spoken: bool) -> Source:
+    """The rows of a data source, and only those with a caption where it is `spoken`."""
+    if spoken:
+        return open_pairs(name, size, max_bad)
+    source = open_source(name, size)
+    check_share(source, max_bad)
+    return source
 
 
 def _chosen(source: Source, count: int) -> list[int]:
@@ -246,7 +271,7 @@ def _chosen(source: Source, count: int) -> list[int]:
 
 def _side(source: Source, rows: list[int]) -> Side:
     images = source.images(rows).float() / 255
-    return Side(images, [source.captions(row)[0] for row in rows], len(source))
+    return Side(images, [next(iter(source.captions(row)), "") for row in rows], len(source))
 
 
 # ----------------------------------------------------------------------------------------------------------- the checks
@@ -258,7 +283,7 @@ def examine(case: Case, progress: bool = False) -> tuple[list[Finding], dict[str
     findings, drawings, seen = list(_ask_data(case)), {}, {}
     for step in tqdm(steps, "examining", leave=False, disable=None if progress else True):
         found, drawn = step(case, seen)
-        findings += found
+        findings += [_if_enough(finding, case) for finding in found]
         drawings |= drawn
     return findings, drawings
 
@@ -268,6 +293,14 @@ def _finding(
 ) -> Finding:
     verdict = threshold.judge(value)
     return Finding(stage, check, verdict, found, expected, "" if verdict == FINE else next_step)
+
+
+def _if_enough(finding: Finding, case: Case) -> Finding:
+    """The finding, if there were pictures enough on either side; what is exact needs no more than one."""
+    most = max(len(case.train.captions), len(case.val.captions))
+    if most >= FEWEST or finding.check == EXACT:
+        return finding
+    return _unknown(finding.stage, finding.check, f"{most} pictures are too few to say")
 
 
 def _unknown(stage: str, check: str, why: str) -> Finding:
@@ -296,19 +329,25 @@ def _ask_data(case: Case) -> Iterator[Finding]:
     text = case.drawer.text
     lengths = text.lengths(train.captions)
     cut = (lengths > text.text_length).double().mean().item()
+    needed = min(int(np.quantile(lengths, 0.99, method="higher")), LONGEST)
     yield _finding(
         DATA, "whole captions", CUT, cut, f"{cut:.1%} of the captions are longer than the {text.text_length} ids read",
-        f"below {CUT.look:.0%}", f"prepare again with --length {int(lengths.max())}, or shorten the captions",
+        f"below {CUT.look:.0%}", f"prepare again with --length {needed}, or shorten the captions",
     )  # fmt: skip
     check = "captions belong to their pictures"
+    if len(set(train.captions)) == 1 < len(train.captions):
+        yield Finding(
+            DATA, check, FAULT, "all captions are the same", "different ones for different pictures",
+            "words can teach nothing so: give each picture a caption of its own",
+        )  # fmt: skip
+        return
     if len(train.captions) < 100:
         yield _unknown(DATA, check, f"{len(train.captions)} pairs are too few to say")
         return
     z = symptoms.dependence(train.captions, train.images)
-    same = len(set(train.captions)) == 1
     yield _finding(
         DATA, check, DEPENDENCE, z,
-        "all captions are the same" if same else f"alike captions have alike pictures: {z:.1f} standard deviations",
+        f"alike captions have alike pictures: {z:.1f} standard deviations",
         f"{DEPENDENCE.look:.0f} or more; 0 is chance",
         "open a few pairs (dalle check paints five): a listing that was sorted, or read in two orders, gives every "
         "picture the caption of another",
@@ -388,12 +427,15 @@ def _transform(case: Case, seen: dict[str, Any]) -> tuple[list[Finding], dict[st
     seen |= {"loss": val, "ids": ids}
     few = len(case.val.captions) < FEWEST
     side = "train" if few else "val"
+    shown, known = scores[side].image.mean().item(), symptoms.unigram(seen["train"], seen[side], codes)
     words = symptoms.listening(model, ids[side], seen[side], scores[side].image)
-    learned, general = 1 - val / unigram, (unigram - val) / max(unigram - train, 1e-9)
+    learned, general = 1 - shown / max(known, 1e-9), (unigram - val) / max(unigram - train, 1e-9)
     findings = []
     check = "it belongs to this tokenizer and these captions"
-    if case.recorded is None:
-        findings.append(_unknown(STAGE_2, check, "the artefact does not say what loss its training had reached"))
+    if case.recorded is None or few:
+        why = f"{len(case.val.captions)} pairs set aside are too few to say"
+        why = why if few else "the artefact does not say what loss its training had reached"
+        findings.append(_unknown(STAGE_2, check, why))
     else:
         excess = val / max(case.recorded, 0.1) - 1
         findings.append(_finding(
@@ -405,27 +447,29 @@ def _transform(case: Case, seen: dict[str, Any]) -> tuple[list[Finding], dict[st
         ))  # fmt: skip
     findings.append(_finding(
         STAGE_2, "it learns pictures", LEARNED, learned,
-        f"image loss {val:.2f} nats a token; {unigram:.2f} by code frequencies alone, {uniform:.2f} by blind guessing",
-        f"{(1 - LEARNED.look) * unigram:.2f} or less", _why_not_learned(case),
+        f"image loss {shown:.2f} nats a token; {known:.2f} by code frequencies alone, {uniform:.2f} by blind guessing",
+        f"{(1 - LEARNED.look) * known:.2f} or less", _why_not_learned(case),
     ))  # fmt: skip
     said, vocab = scores[side].text.mean().item(), model.config.vocab_text + model.config.text_length
     blind = symptoms.unigram(ids["train"], ids[side], vocab)
     findings.append(_finding(
-        STAGE_2, "it learns words", SPOKEN, 1 - said / blind,
+        STAGE_2, "it learns words", SPOKEN, 1 - said / max(blind, 1e-9),
         f"text loss {said:.2f} nats an id; {blind:.2f} by frequencies alone, {math.log(vocab):.2f} by blind guessing",
         f"{(1 - SPOKEN.look) * blind:.2f} or less", _why_not_learned(case),
     ))  # fmt: skip
-    check = f"it can learn {TRIAL} pairs by heart"
-    if case.updates:
-        trial = symptoms.memorised(model, ids["train"][:TRIAL], seen["train"][:TRIAL], case.updates)
+    pairs = min(TRIAL, len(case.train.captions))
+    check = f"it can learn {pairs} pairs by heart"
+    trial = symptoms.memorised(model, ids["train"][:pairs], seen["train"][:pairs], case.updates)
+    reached = min(trial, default=math.inf) if all(map(math.isfinite, trial)) else math.inf
+    if len(trial) < LEAST_UPDATES and not reached < BY_HEART.look * uniform:
+        findings.append(_unknown(STAGE_2, check, f"not known after {len(trial)} updates" if trial else "left out"))
+    else:
         findings.append(_finding(
-            STAGE_2, check, BY_HEART, min(trial) / uniform if math.isfinite(trial[-1]) else math.inf,
+            STAGE_2, check, BY_HEART, reached / max(uniform, 1e-9),
             f"image loss {trial[0]:.2f}, after {len(trial)} updates on them {trial[-1]:.3f}",
             f"below {BY_HEART.look * uniform:.2f}",
             "the weights are broken or the model is far too small: begin stage 2 again, with a lower learning rate",
         ))  # fmt: skip
-    else:
-        findings.append(_unknown(STAGE_2, check, "left out"))
     check = "what it learned holds for other pairs"
     if few or val >= unigram and train >= unigram:
         why = f"{len(case.val.captions)} pairs set aside are too few to say" if few else "it has learned nothing"
@@ -439,8 +483,9 @@ def _transform(case: Case, seen: dict[str, Any]) -> tuple[list[Finding], dict[st
             "or a smaller model",
         ))  # fmt: skip
     surely = words.mean / max(words.error, 1e-9)
-    findings.append(_finding(
-        STAGE_2, "it listens to the words", WORDS, surely,
+    check = "it listens to the words"
+    findings.append(_unknown(STAGE_2, check, "all captions are the same") if words.error == math.inf else _finding(
+        STAGE_2, check, WORDS, surely,
         f"the right caption is worth {words.mean:.1f} +- {words.error:.1f} nats a picture against another's",
         f"{WORDS.look:.0f} standard errors or more",
         "train longer; if the loss no longer falls, look whether the captions say what the pictures show",
@@ -449,17 +494,17 @@ def _transform(case: Case, seen: dict[str, Any]) -> tuple[list[Finding], dict[st
     other = symptoms.teacher_forced(model, text.null().expand_as(ids[side]), seen[side]).image
     without = (other.mean(0).unflatten(0, case.tokenizer.grid) - gain).clamp_min(0)
     maps = [
-        cell_map(gain, "image loss of each cell", "nats"),
-        cell_map(without, "what the words are worth", "nats"),
-        bars(scores[side].text.mean(0), "text loss of each position", "position", "nats"),
+        plots.cell_map(gain, "image loss of each cell", "nats"),
+        plots.cell_map(without, "what the words are worth", "nats"),
+        plots.bars(scores[side].text.mean(0), "text loss of each position", "position", "nats"),
     ]
     return findings, {"losses.png": torch.cat(maps, 2)}
 
 
 def _why_not_learned(case: Case) -> str:
     """What the curves of the training say."""
-    losses = [float(row["train/image_loss"]) for row in case.metrics if row.get("train/image_loss")]
-    if len(losses) > 3 and losses[-1] > 1.1 * min(losses):
+    losses = case.losses
+    if len(losses) > 3 and losses[-1] > 1.1 * losses.min():
         return "the training loss has risen again: lower the learning rate (a tenth is a start) and begin again"
     if len(losses) > 3 and losses[-1] > 0.95 * losses[0]:
         return "the training loss never fell: lower the learning rate (a tenth is a start) and begin again"
@@ -498,7 +543,7 @@ def _draw(case: Case, seen: dict[str, Any]) -> tuple[list[Finding], dict[str, Te
 
     findings = [
         _finding(
-            SAMPLING, "step by step as all at once", CACHE, error,
+            SAMPLING, EXACT, CACHE, error,
             f"log-probabilities differ by {error:.1g} at most", f"below {CACHE.look:g}",
             "what the cache holds, or where a step stands, is not what training saw: update this project and report it",
         ),
@@ -532,7 +577,8 @@ def _draw(case: Case, seen: dict[str, Any]) -> tuple[list[Finding], dict[str, Te
                 columns.append(case.tokenizer.decode(chosen.tokens[own]))
                 labels += [Label("your settings", BAD if wildness(chosen) > WILD.fault else INK)] * CANDIDATES
             rows.append((caption, to_uint8(torch.cat(columns)), labels))
-    return findings, {"samples.png": sheet(rows, side=96, title=f"captions set aside; your settings: {named}")}
+    title = "captions set aside" + (f"; your settings: {named}" if changed else "")
+    return findings, {"samples.png": sheet(rows, side=96, title=title)}
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
@@ -561,8 +607,8 @@ def page(case: Case, findings: list[Finding], drawings: list[str]) -> str:
         "that comes later can be.",
         "losses.png": "Where stage 2 is unsure, and where the words help. A bright first row is usual; a dark second "
         "map everywhere means that it does not listen.",
-        "samples.png": "Drawn with the defaults and with your settings. Good on the left and bad on the right: it is "
-        "the settings.",
+        "samples.png": "True pictures, those drawn with the defaults, and with your settings if you gave some. "
+        "Good in the middle and bad on the right: it is the settings.",
     }
     lines = [f"# Diagnosis of {_plain(case.name)}", "", f"**{_plain(verdict(findings)[1])}**", ""]
     counted = f"{len(case.train.captions)} of {case.train.total:,} training pairs"

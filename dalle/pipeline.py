@@ -85,6 +85,7 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
     ) -> list[Picture]:
         """Draw `count` pictures for the caption and return the `keep` that the scorer likes best, best first.
 
+        A picture that was drawn twice is kept twice only where there are not enough others.
         The same seed gives the same pictures, whatever else is drawn beside them.
         """
         if not 1 <= keep <= count:
@@ -103,7 +104,7 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
             progress=progress,
         )
         scores = score(self.model, ids, sampled)
-        order = rank(scores)[:keep]
+        order = _distinct_first(rank(scores), sampled.tokens)[:keep]
         images = to_uint8(self.tokenizer.decode(sampled.tokens[order]))
         return [
             Picture(image, sampled.tokens[k], caption, seed, k, float(scores[k]))
@@ -131,6 +132,17 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
                 local_files_only=local_files_only,
             )
         )
+
+
+def _distinct_first(order: Tensor, tokens: Tensor) -> Tensor:
+    """int64 (N,): an order of pictures (N, h, w) with each repetition of an earlier one moved to the end."""
+    seen: set[bytes] = set()
+    first, again = [], []
+    for k in order.tolist():
+        picture = tokens[k].cpu().numpy().tobytes()
+        (again if picture in seen else first).append(k)
+        seen.add(picture)
+    return torch.tensor(first + again)
 
 
 def save(

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from dvae import artefact, codebook, plots
-from dvae.errors import ArtefactError, UserError
+from dvae.errors import ArtefactError, UserError, warn
 from dvae.files import write_bytes
 from dvae.images import grid, open_image, to_uint8
 from dvae.model import load as load_dvae
@@ -54,6 +54,9 @@ def report(run: str, out: str | None = None) -> None:
         out: the file to write; null: report.html in the run folder.
     """
     stages = find_stages(run)
+    for stage in stages:
+        if damage := next((said for said in stage.missing if said.startswith("There is no trained model")), None):
+            warn(damage, "the page shows what else is there; train again, or copy the model again")
     path = Path(out) if out else (Path(run) if Path(run).is_dir() else Path()) / "report.html"
     write_bytes(path, page(Path(run), stages).encode())
     print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
@@ -333,7 +336,7 @@ def facts(stage: Stage) -> list[tuple[str, str, str]]:
     tell("step", "best update", "{:,.0f}", "" if last is None else f"of {last:,}")
     codes = config.get("vocab_size", config.get("vocab_image"))
     known = isinstance(codes, int) and codes > 0
-    guess = f"nats a token; {math.log(codes):.2f} is a guess" if known else "nats a token"
+    guess = f"nats a token; {math.log(codes):.2f} by blind guessing" if known else "nats a token"
     tell("val/psnr", "reconstructions", "{:.1f} dB", "PSNR")
     tell("codebook/used", "codes in use", "{:.1%}", f"of {codes:,}" if known else "")
     tell("codebook/perplexity", "perplexity", "{:,.0f}", "codes as if used evenly")

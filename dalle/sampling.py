@@ -12,7 +12,7 @@ Shapes: P prompts, R rows (pictures) at a time, T text ids, N = h w cells, K ima
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,7 +101,8 @@ def sample(
     """
     prompts = len(text_ids)
     seeds = list(seeds) if isinstance(seeds, Sequence) else [seeds] * prompts
-    _check(model.config.vocab_image, prompts, count, temperature, top_k, top_p, guidance, seeds, batch)
+    check_settings(model, temperature, top_k, top_p, guidance)
+    _check(prompts, count, seeds, batch)
     guided, cells = guidance != 1, math.prod(model.config.grid)
 
     def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -184,27 +185,36 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _check(vocab, prompts, count, temperature, top_k, top_p, guidance, seeds, batch) -> None:
-    def whole(value, least, most=math.inf):
-        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-    def number(value):
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-    if not whole(count, 1):
-        raise UserError(f"count is {count!r}", "ask for 1 picture or more")
-    if not whole(batch, 1):
-        raise UserError(f"batch is {batch!r}", "compute 1 picture or more at a time")
-    if not (number(temperature) and temperature > 0):
+def check_settings(
+    model: DALLE, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, guidance: float = 1.0
+) -> None:
+    """Raise UserError for a setting that is out of its range; see `sample`."""
+    vocab = model.config.vocab_image
+    if not (_number(temperature) and temperature > 0):
         raise UserError(f"temperature is {temperature!r}", "give a number above 0; for the likeliest codes use top_k 1")
-    if top_k is not None and not whole(top_k, 1, vocab):
+    if top_k is not None and not _whole(top_k, 1, vocab):
         raise UserError(f"top_k is {top_k!r}", f"give a whole number from 1 to {vocab}, the codes of this model")
-    if top_p is not None and not (number(top_p) and 0 < top_p <= 1):
+    if top_p is not None and not (_number(top_p) and 0 < top_p <= 1):
         raise UserError(f"top_p is {top_p!r}", "give a number above 0, up to 1")
-    if not (number(guidance) and guidance >= 0):
+    if not (_number(guidance) and guidance >= 0):
         raise UserError(f"guidance is {guidance!r}", "give a number from 0 on; 1 is no guidance")
+
+
+def _check(prompts: int, count: int, seeds: Sequence[int], batch: int) -> None:
+    if not _whole(count, 1):
+        raise UserError(f"count is {count!r}", "ask for 1 picture or more")
+    if not _whole(batch, 1):
+        raise UserError(f"batch is {batch!r}", "compute 1 picture or more at a time")
     if len(seeds) != prompts:
         raise UserError(f"{len(seeds)} seeds for {prompts} prompts", "give one seed, or one for each prompt")
     for seed in seeds:
-        if not whole(seed, 0, 2**63 - 1):
+        if not _whole(seed, 0, 2**63 - 1):
             raise UserError(f"seed is {seed!r}", "give a whole number from 0 to 2**63 - 1")
+
+
+def _whole(value: Any, least: int, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

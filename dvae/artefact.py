@@ -149,21 +149,19 @@ def digest(folder: str | Path) -> str:
 def find(run: str | Path, kind: str) -> Path:
     """The artefact's folder, given that folder itself, the run folder whose `model` it is, or a name in `PRETRAINED`.
 
-    The name of a shipped transformer also stands for the image tokenizer that it carries.
+    Where what is found carries an artefact of this kind as a part, as a transformer its image tokenizer, that is meant.
 
     Raises:
         ArtefactError: there is none, or it is of another kind.
     """
-    run = Path(run)
-    for folder in (run, run / "model"):
+    run, names = Path(run), pretrained()
+    for folder in (run, run / "model", *([PRETRAINED / run] if str(run) in names else [])):
         if (folder / MANIFEST).is_file():
-            _expect(folder, _read_manifest(folder), kind)
+            manifest = _read_manifest(folder)
+            if part := manifest["parts"].get(kind):
+                return folder / part["folder"]
+            _expect(folder, manifest, kind)
             return folder
-    names = pretrained()
-    if str(run) in names:
-        shipped = PRETRAINED / run
-        part = _read_manifest(shipped)["parts"].get(kind)
-        return shipped if part is None else shipped / part["folder"]
     raise ArtefactError(
         f"no trained {kind} in {run}: neither {MANIFEST} nor model/{MANIFEST} is there",
         "give a run folder whose training has validated at least once, or the model folder itself"

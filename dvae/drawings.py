@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dvae.images import grid, to_uint8
+from dvae.listing import printable
 
 INK, PAPER, EDGE, GOOD, BAD = (30, 30, 34), (255, 255, 255), (222, 222, 226), (24, 140, 60), (200, 50, 40)
 
@@ -41,7 +42,9 @@ def sheet(rows: Sequence[tuple[str, Tensor, Sequence[Label]]], side: int = 64, t
     pen.text((gap, 6), title, INK, title_font)
     for r, (text, pictures, labels) in enumerate(rows):
         top = head + r * (side + line + gap)
-        pen.multiline_text((gap, top), textwrap.fill(text, 30), INK, font)
+        lines = max(1, (side + line) // 15)  # what does not fit beside its row would run over the next
+        text = textwrap.fill(printable(text), 30, max_lines=lines, placeholder=" ...")
+        pen.multiline_text((gap, top), text, INK, font)
         for c, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
             left = margin + c * (side + gap)
             image = Image.fromarray(picture.permute(1, 2, 0).numpy())

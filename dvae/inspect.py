@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dvae import codebook as codes
 from dvae import drawings, files
-from dvae.data import Source, check_share, open_source
+from dvae.data import Source, check_outside, check_share, open_source
 from dvae.drawings import Label, sheet
 from dvae.errors import UserError, warn
 from dvae.evaluate import CHANNELS, psnr
@@ -40,7 +40,7 @@ def reconstruct(run: str, images: str, out: str = "out", count: PositiveInt = 32
         out: folder to write reconstructions.png and reconstructions.json to.
         count: how many pictures, evenly spread over the source.
     """
-    model, source = _open(run, images)
+    model, source = _open(run, images, out)
     rows, pairs, decibels = _rows(source, count), [], []
     for originals in batches(model, source, rows, "reconstructing"):
         with torch.inference_mode():
@@ -67,7 +67,7 @@ def codebook(run: str, data: str, out: str = "out", count: PositiveInt | None = 
             numbers) and codes.png (some codes from all sides).
         count: how many pictures are looked at, evenly spread over the source; null: all.
     """
-    model, source = _open(run, data)
+    model, source = _open(run, data, out)
     rows = _rows(source, count)
     seen = codes.observe(model, batches(model, source, rows, "reading pictures"))
     counts, usage, by_cell = seen.usage.counts, seen.usage, codes.perplexity(seen.counts)
@@ -117,7 +117,7 @@ def evaluate(
             for the Frechet distance. Such a file is code: load only what you made or trust.
     """
     judge = None if features is None else load_features(features)
-    model, source = _open(run, data)
+    model, source = _open(run, data, out)
     rows = _rows(source, count)
     found = measure(model, batches(model, source, rows, "measuring"), judge, worst=SHOWN)
     worst = [rows[each["picture"]] for each in found["worst"]]
@@ -147,7 +147,8 @@ def evaluate(
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-def _open(run: str, data: str) -> tuple[DVAE, Source]:
+def _open(run: str, data: str, out: str) -> tuple[DVAE, Source]:
+    check_outside(out, data)
     model = load(run)
     source = open_source(data, model.config.image_size)
     check_share(source, max_bad=1)
