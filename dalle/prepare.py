@@ -89,8 +89,10 @@ def prepare(
     check_outside(out, data, val)
     if not dvae:
         raise UserError("no image tokenizer is given", "name the run of stage 1: --dvae RUN")
-    if batch < 1 or crops < 1:
-        raise UserError(f"batch is {batch}, crops {crops}", "encode 1 picture or more at a time, and 1 crop or more")
+    if batch < 1:
+        raise UserError(f"batch is {batch}", "encode 1 picture or more at a time")
+    if crops < 1:
+        raise UserError(f"crops is {crops}", "encode 1 crop or more of each picture")
     words = None if text is None else Text.from_file(text, length)
     pixels = load(dvae).config.image_size
     train = open_pairs(data, pixels, max_bad)
@@ -166,20 +168,21 @@ def _encode(tokenizer: DVAE, pairs: Source, folder: Path, crops: int, batch: int
     firsts = range(0, len(pairs), batch)
     for first in tqdm(firsts, desc=f"encoding {folder.name}", unit="batch", leave=False, disable=None):
         rows = range(first, min(first + batch, len(pairs)))
-        tokens = [tokenizer.encode(images.float() / 255) for images in _cropped(pairs, rows, crops)]
+        tokens = [tokenizer.encode(images.float() / 255) for images in _cropped(pairs, rows, crops).unbind(1)]
         writer.write(torch.stack(tokens, 1), [pairs.captions(index) for index in rows])
     writer.close()
 
 
-def _cropped(pairs: Source, rows: range, crops: int) -> Iterator[Tensor]:
-    """Each crop of the pictures of some rows, uint8 `(B, 3, size, size)`: the central square where there is but one."""
+def _cropped(pairs: Source, rows: range, crops: int) -> Tensor:
+    """The crops of the pictures of some rows, uint8 `(B, C, 3, size, size)`: the central square where there is one."""
     if crops == 1:
-        yield pairs.images(rows)
-        return
-    pictures = [pairs.image(index) for index in rows]
-    for crop in range(crops):
-        rngs = (seeds.rng("crop", crop, index) for index in rows)
-        yield torch.stack([crop_near_centre(p, pairs.size, rng) for p, rng in zip(pictures, rngs, strict=True)])
+        return pairs.images(rows)[:, None]
+    pictures = []
+    for row in rows:
+        image = pairs.image(row)
+        rngs = (seeds.rng("crop", crop, row) for crop in range(crops))
+        pictures.append(torch.stack([crop_near_centre(image, pairs.size, rng) for rng in rngs]))
+    return torch.stack(pictures)
 
 
 class Prepared:

@@ -31,6 +31,7 @@ from dvae.model import load as load_dvae
 
 FRAMES = 12  # validations that are shown of each kind of picture
 MOST_PANELS = 16
+LONGEST_WEBP = 16_383  # pixels a side, of that format
 MOST_KINDS = 6  # of pictures over time
 MOST_CAPTIONS = 16  # beside a picture
 MOST_ROWS = 50  # of a table
@@ -203,6 +204,7 @@ def webp(picture: Tensor, most: int) -> tuple[str, int, int]:
     """
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     width, height = image.size
+    image.thumbnail((LONGEST_WEBP, LONGEST_WEBP))
     while True:
         for options in ({"lossless": True}, {"quality": 90}, {"quality": 70}):
             file = io.BytesIO()

@@ -22,7 +22,12 @@ from dvae.evaluate import psnr
 SIDE = 8  # pixels to which pictures are reduced before captions are held against them
 SHUFFLES = 200
 LEARNING_RATE = 1e-3  # of the trial with a few pairs
-_AT_ONCE = 32  # pictures computed together
+_MOST_LOGITS = 2**24  # computed together
+
+
+def at_once(vocab: int, cells: int) -> int:
+    """How many pictures have logits of a size that is no burden, at most 32."""
+    return max(1, min(32, _MOST_LOGITS // (vocab * cells)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -33,7 +38,8 @@ def dependence(captions: Sequence[str], images: Tensor) -> float:
 
     The Hilbert-Schmidt independence criterion (Gretton et al. 2005) with linear kernels: of the words of a caption, and
     of the picture reduced to 8 x 8 pixels; chance is the same captions shuffled. About 0 where captions lie beside
-    the wrong pictures, far above 3 where they belong to them. 0 where either does not vary.
+    the wrong pictures, far above 3 where they belong to them. Not a number where nothing can be told: one of the two
+    does not vary, or no word stands in two captions.
 
     Args:
         images: `(N, 3, H, W)` in [0, 1].
@@ -48,12 +54,12 @@ def dependence(captions: Sequence[str], images: Tensor) -> float:
     orders = [torch.randperm(len(captions), generator=generator) for _ in range(SHUFFLES)]
     chance = torch.stack([(a[order][:, order] * b).sum() for order in orders])
     spread = chance.std()
-    return ((a * b).sum() - chance.mean()).div(spread).item() if spread > 1e-12 * (a * b).abs().sum() else 0.0
+    return ((a * b).sum() - chance.mean()).div(spread).item() if spread > 1e-12 * (a * b).abs().sum() else math.nan
 
 
 def contrast(images: Tensor) -> Tensor:
-    """`(N,)`: the standard deviation of each picture's pixels; images `(N, 3, H, W)` in [0, 1]."""
-    return images.flatten(1).std(1)
+    """`(N,)`: the standard deviation of each picture's pixels, of its liveliest channel; images `(N, 3, H, W)`."""
+    return images.flatten(2).std(2).amax(1)
 
 
 # -------------------------------------------------------------------------------------------------------------- stage 1
@@ -83,7 +89,7 @@ class Reconstructed(NamedTuple):
 def reconstructed(tokenizer: torch.nn.Module, images: Tensor) -> Reconstructed:
     """Images `(N, 3, H, W)` in [0, 1] through a tokenizer and back."""
     columns = []
-    for some in images.split(_AT_ONCE):
+    for some in images.split(at_once(tokenizer.vocab_size, math.prod(tokenizer.grid))):
         logits = tokenizer.logits(some)
         tokens = logits.argmax(1)
         mosaic = F.interpolate(F.adaptive_avg_pool2d(some, tokenizer.grid), some.shape[2:])
@@ -117,7 +123,8 @@ class Scores(NamedTuple):
 def teacher_forced(model: DALLE, text_ids: Tensor, tokens: Tensor) -> Scores:
     """Text ids (N, T) with pads, tokens (N, h, w)."""
     columns = []
-    for ids, some in zip(text_ids.split(_AT_ONCE), tokens.split(_AT_ONCE), strict=True):
+    size = at_once(model.config.vocab_image, math.prod(model.config.grid))
+    for ids, some in zip(text_ids.split(size), tokens.split(size), strict=True):
         logits = model(ids, some)
         text = F.cross_entropy(logits.text.transpose(1, 2), ids, reduction="none")
         columns.append((text, F.cross_entropy(logits.image.transpose(1, 2), some.flatten(1), reduction="none")))
@@ -140,7 +147,7 @@ class Listening(NamedTuple):
 def listening(model: DALLE, text_ids: Tensor, tokens: Tensor, right: Tensor) -> Listening:
     """Give every picture the caption of another one, text_ids (N, T), and see how much less likely it becomes.
 
-    Pairs whose two captions are equal are left out.
+    Pairs whose two captions are equal are left out; where less than two are left, the error is infinite.
 
     Args:
         right: `(N, C)`, the image scores with the right captions.
@@ -150,20 +157,20 @@ def listening(model: DALLE, text_ids: Tensor, tokens: Tensor, right: Tensor) -> 
     other = torch.empty_like(order)
     other[order] = order.roll(1)  # a single cycle: nobody keeps the own caption
     differ = (text_ids != text_ids[other]).any(1)
-    if not differ.any():
+    if differ.sum() < 2:
         return Listening(0.0, math.inf)
     wrong = teacher_forced(model, text_ids[other][differ], tokens[differ]).image
     gain = (wrong - right[differ]).sum(1).double()
-    return Listening(gain.mean().item(), (gain.std(unbiased=False) / len(gain) ** 0.5).item())
+    return Listening(gain.mean().item(), (gain.std() / len(gain) ** 0.5).item())
 
 
 def memorised(model: DALLE, text_ids: Tensor, tokens: Tensor, updates: int) -> list[float]:
-    """The image loss at each update of a copy of the model that trains on these few pairs alone."""
+    """The image loss before each update, and after the last one, of a copy that trains on these few pairs alone."""
     trial = copy.deepcopy(model).train().requires_grad_(True)
     optimiser = torch.optim.AdamW(trial.parameters(), LEARNING_RATE, betas=(0.9, 0.95))
     keep, seen = torch.ones(len(text_ids), dtype=torch.bool), []
     with torch.enable_grad():
-        for _ in range(updates):
+        for _ in range(updates + 1):
             loss = losses(trial(text_ids, tokens), text_ids, tokens, keep).image
             seen.append(loss.item())
             if not math.isfinite(seen[-1]) or seen[-1] < 0.01:

@@ -216,7 +216,7 @@ class LitDALLE(lit.Lit):
         checkpoint["lineage"] = self.lineage
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.lineage = checkpoint["lineage"]  # the other run may have been trained on since
+        self.lineage = checkpoint.get("lineage", {})  # the other run may have been trained on since
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         data: TokenData = self.trainer.datamodule

@@ -93,7 +93,7 @@ def patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
 def painted_alone(tokenizer: torch.nn.Module, batch: int = 256) -> Tensor:
     """What each code paints when every cell of the grid holds it: the central cell, `(K, 3, p, q)` in [0, 1]."""
     h, w = tokenizer.grid
-    cells = []
+    cells, batch = [], max(1, min(batch, 2**24 // (tokenizer.vocab_size * h * w)))  # one-hot codes are what is large
     for codes in torch.arange(tokenizer.vocab_size).split(batch):
         pictures = tokenizer.decode(codes[:, None, None].expand(-1, h, w))
         cells.append(patches(pictures, (h, w)).unflatten(0, (-1, h, w))[:, h // 2, w // 2])
@@ -132,20 +132,22 @@ def observe(tokenizer: torch.nn.Module, batches: Iterable[Tensor], typical: int 
     codes, grid = tokenizer.vocab_size, tokenizer.grid
     p, q = patches(tokenizer.decode(torch.zeros(1, *grid, dtype=torch.int64)), grid).shape[2:]
     counts = torch.zeros(codes, *grid, dtype=torch.int64)
-    data, painted = torch.zeros(codes, 3, p, q), torch.zeros(codes, 3, p, q)
+    # float32 would stop growing at 2**24, which a background reaches
+    data, painted = (torch.zeros(codes, 3, p, q, dtype=torch.float64) for _ in range(2))
     kept, sure = torch.zeros(codes * typical, 3, p, q), torch.zeros(codes * typical)
     places = torch.arange(codes).repeat_interleave(typical)
     for images in batches:
         probability, tokens = tokenizer.logits(images).softmax(1).max(1)
         counts += usage_by_cell(tokens, codes)
         cells, under = patches(images, grid), tokens.flatten()
-        data.index_add_(0, under, cells)
-        painted.index_add_(0, under, patches(tokenizer.decode(tokens), grid))
+        data.index_add_(0, under, cells.double())
+        painted.index_add_(0, under, patches(tokenizer.decode(tokens), grid).double())
         best = _highest(torch.cat([sure, probability.flatten()]), torch.cat([places, under]), typical)
         kept, sure = torch.cat([kept, cells])[best], torch.cat([sure, probability.flatten()])[best]
     times = counts.sum((1, 2)).clamp_min(1)[:, None, None, None]
     shape = codes, typical
-    return Observed(counts, data / times, painted / times, kept.unflatten(0, shape), sure.unflatten(0, shape))
+    means = (data / times).float(), (painted / times).float()
+    return Observed(counts, *means, kept.unflatten(0, shape), sure.unflatten(0, shape))
 
 
 def _highest(scores: Tensor, groups: Tensor, count: int) -> Tensor:

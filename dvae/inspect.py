@@ -72,7 +72,7 @@ def codebook(run: str, data: str, out: str = "out", count: PositiveInt | None = 
     seen = codes.observe(model, batches(model, source, rows, "reading pictures"))
     counts, usage, by_cell = seen.usage.counts, seen.usage, codes.perplexity(seen.counts)
     alone, folder = codes.painted_alone(model, batch=most(model)), Path(out)
-    contexts = batches(model, source, _rows(source, CONTEXTS), "reading contexts")
+    contexts = batches(model, source, [rows[k] for k in codes.spread(len(rows), CONTEXTS)], "reading contexts")
     with torch.inference_mode():
         tokens = torch.cat([model.encode(images) for images in contexts])
     examples = list(_examples(model, tokens))
@@ -100,6 +100,11 @@ def codebook(run: str, data: str, out: str = "out", count: PositiveInt | None = 
     files.write_json(folder / "codebook.json", numbers)
     print(f"{usage.used:.1%} of {model.vocab_size} codes in use over {len(rows)} pictures")
     print(f"perplexity {usage.perplexity:.1f}; {numbers['tokens_per_code']:.1f} tokens per code")
+    if numbers["tokens_per_code"] < 4:
+        warn(
+            f"{counts.sum().item():,} cells cannot show the use of {model.vocab_size:,} codes",
+            "give more pictures before you judge it",
+        )
     _wrote(out, *drawn, "codebook.json")
 
 

@@ -124,7 +124,7 @@ def test_a_run_leads_to_its_own_data(tiny_dalle, tiny_tokens, tmp_path):
     (run / "config.yaml").write_text(f"data:\n  tokens: {tiny_tokens}\n")
     case = room.gather(str(run), None, "out", {}, 5, 0, 0.01)
     assert (case.train.total, case.val.total) == (64, 8)  # scenes:train:64, and scenes:val:8 to validate on
-    (run / "metrics.csv").write_text("step,train/image_loss\n1,2.5\n2,9.5\n3,9.0\n4,9.0\n")
+    (run / "metrics.csv").write_text("step,train/image_loss\n1,2.5\n2,9.5\n3,abc\n4,9.0\n5,9.0\n")
     assert "lower the learning rate" in room._why_not_learned(room.gather(str(run), None, "out", {}, 5, 0, 0.01))
 
 
@@ -139,7 +139,7 @@ def test_a_run_that_leads_nowhere(config, tiny_dalle, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("data, code, said", [("nowhere", 3, "nowhere"), ("scenes:train:1", 3, "")])
+@pytest.mark.parametrize("data, code, said", [("nowhere", 3, "nowhere"), ("scenes:train:1", 3, "scenes:train:1")])
 def test_data_that_cannot_be_used(data, code, said, tiny_dalle, tmp_path, capsys):
     assert main(["diagnose", str(tiny_dalle), data, "--out", str(tmp_path / "out")]) == code
     error = capsys.readouterr().err

@@ -5,6 +5,7 @@ Its own pictures of captions that it knows are the data here, for the project ca
 
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ def case(drawer) -> Case:
     images = (images + 0.01 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
     half = PICTURES // 2
     sides = (Side(images[:half], captions[:half], 3180), Side(images[half:], captions[half:], 123))
-    return Case(NAME, drawer.tokenizer, drawer, *sides, list(map(str, range(half))), False, None, [], SETTINGS, 0)
+    return Case(NAME, drawer.tokenizer, drawer, *sides, 0.0, False, None, np.zeros(0), SETTINGS, 0)
 
 
 def first(case: Case) -> str | None:
@@ -105,7 +106,7 @@ def test_faults_of_the_data(case):
     assert first_of_data(case, captions=[caption + " and so on" * 12 for caption in captions]) == DATA
     assert first_of_data(case, images=case.train.images / 255) == DATA
     assert first_of_data(case, total=40) == DATA
-    assert first_of_data(case._replace(digests=["the same"] * len(case.digests))) == DATA
+    assert first_of_data(case._replace(copies=0.9)) == DATA
 
 
 class Broken(nn.Module):

@@ -47,11 +47,18 @@ def test_captions_that_belong_to_their_pictures_are_told_from_shuffled_ones(colo
     assert sum(z > 3 for z in shuffled) == 0 and sum(z > 5 for z in shuffled) == 0
 
 
-def test_nothing_depends_on_what_does_not_vary(coloured):
+def test_what_does_not_vary_tells_nothing(coloured):
     captions, images = coloured
-    assert symptoms.dependence(["the same"] * 120, images) == 0
-    assert symptoms.dependence(captions, torch.full((120, 3, 16, 16), 0.3)) == 0
-    assert symptoms.dependence([""] * 120, images) == 0
+    assert math.isnan(symptoms.dependence(["the same"] * 120, images))
+    assert math.isnan(symptoms.dependence(captions, torch.full((120, 3, 16, 16), 0.3)))
+    assert math.isnan(symptoms.dependence([""] * 120, images))
+    assert math.isnan(symptoms.dependence([f"{k}" for k in range(120)], images))  # no word stands in two captions
+
+
+def test_a_picture_of_one_colour_has_no_contrast():
+    images = torch.zeros(4, 3, 8, 8)
+    images[0, 0], images[1], images[2, 1, :, ::2] = 1.0, 0.5, 1.0  # red, grey, green stripes, black
+    assert symptoms.contrast(images).tolist() == pytest.approx([0, 0, 0.504, 0], abs=1e-3)
 
 
 def test_real_scenes_are_far_above_chance():
