@@ -42,7 +42,7 @@ FINE, LOOK, FAULT, UNKNOWN = "fine", "look", "fault", "not known"
 TRIAL = 8  # pairs that the transformer must be able to learn by heart
 LEAST_UPDATES = 20  # of that trial, before not having learned them is a fault
 CAPTIONS, CANDIDATES = 16, 4  # drawn to compare sampling with training
-FEWEST = 16  # pictures below which a mean says nothing
+FEWEST = 8  # pictures below which a mean says nothing
 ENOUGH = 64  # pairs from which on what the words are worth is measured well
 SHOWN = 8  # pictures in a row of a drawn page
 EXACT = "step by step as all at once"  # the one check that is not a matter of statistics
@@ -89,6 +89,12 @@ CACHE = Threshold(1e-3, 1e-2)  # nats
 WILD = Threshold(0.1, 0.25)  # how far from what the model expects of its own pictures (0) towards random codes (1)
 ALIKE = Threshold(0.9, 0.98)  # share of cells in which candidates agree, where they would not without the settings
 STATISTICS = Threshold(0.2, 0.35)  # Jensen-Shannon divergence of code frequencies above that of two halves of real ones
+
+
+OVERFITTED = (
+    "it is overfitted, for it knows the training pairs: validate more often (the best is kept), more pairs, "
+    "prepare --crops 8, more decay, or a smaller model"
+)
 
 
 @dataclass(frozen=True)
@@ -461,7 +467,8 @@ def _transform(case: Case, seen: dict[str, Any]) -> tuple[list[Finding], dict[st
     findings.append(_finding(
         STAGE_2, "it learns pictures", LEARNED, learned,
         f"image loss {shown:.2f} nats a token; {known:.2f} by code frequencies alone, {uniform:.2f} by blind guessing",
-        f"{(1 - LEARNED.look) * known:.2f} or less", _why_not_learned(case),
+        f"{(1 - LEARNED.look) * known:.2f} or less",
+        OVERFITTED if train < (1 - LEARNED.look) * learnable else _why_not_learned(case),
     ))  # fmt: skip
     said, vocab = scores[side].text.mean().item(), model.config.vocab_text + model.config.text_length
     blind = symptoms.unigram(ids["train"], ids[side], vocab)
@@ -495,8 +502,7 @@ def _transform(case: Case, seen: dict[str, Any]) -> tuple[list[Finding], dict[st
             STAGE_2, check, GENERAL, general,
             f"image loss {train:.2f} on training pairs, {val:.2f} on others: {max(general, 0):.0%} of it holds",
             f"{GENERAL.look:.0%} or more",
-            "it is overfitted: stop earlier (the best validation is kept), more pairs, prepare --crops 8, more decay, "
-            "or a smaller model",
+            OVERFITTED,
         ))  # fmt: skip
     surely = words.mean / max(words.error, 1e-9)
     check = "it listens to the words"
