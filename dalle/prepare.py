@@ -68,8 +68,8 @@ def prepare(
     Args:
         data: any data source: scenes:train, a folder, a listing, tars, Parquet files, a Hub data set.
         dvae: run folder or artefact folder of the image tokenizer.
-        text: the vocabulary: a file that `dalle vocab` wrote, or any tokenizer.json; null: one is learned from the
-            training captions, of `size` ids at most.
+        text: the vocabulary: a file that `dalle vocab` wrote, any tokenizer.json, or a run of stage 2, which carries
+            its own; null: one is learned from the training captions, of `size` ids at most.
         out: the folder to write; it must be empty, or what an interrupted call has left.
         val: another source to validate on; without it a part of `data` is set aside.
         val_share: its share, chosen by a digest of the pictures' bytes.
@@ -93,7 +93,7 @@ def prepare(
         raise UserError(f"batch is {batch}", "encode 1 picture or more at a time")
     if crops < 1:
         raise UserError(f"crops is {crops}", "encode 1 crop or more of each picture")
-    words = None if text is None else Text.from_file(text, length)
+    words = None if text is None else vocabulary(text, length)
     pixels = load(dvae).config.image_size
     train = open_pairs(data, pixels, max_bad)
     if val is None:
@@ -127,6 +127,17 @@ def prepare(
     files.write_json(folder / MANIFEST, described)
     (folder / UNFINISHED).unlink()
     print(f"wrote {out}")
+
+
+def vocabulary(name: str, length: int | None) -> Text:
+    """The vocabulary in a file, or the one that a trained transformer carries."""
+    try:
+        found = None if Path(name).is_file() else artefact.find(name, "dalle")
+    except ArtefactError:
+        found = None
+    if found is None:
+        return Text.from_file(name, length)
+    return Text.from_json(artefact.load(found, "dalle").files["text"], length, f"the vocabulary of {name}")
 
 
 def learn(pairs: Source, size: int, length: int | None) -> Text:

@@ -67,6 +67,14 @@ def test_crops_are_those_of_listing_2_and_validation_has_none(tmp_path, tiny_dva
     assert len({prepared.train.tokens(range(len(train)), crop).numpy().tobytes() for crop in range(3)}) == 3
 
 
+def test_a_vocabulary_may_be_that_of_a_trained_transformer(tmp_path, tiny_dvae, tiny_dalle, words):
+    for name, text in (("file", words), ("run", str(tiny_dalle))):
+        prepare("scenes:train:20", str(tiny_dvae), text, str(tmp_path / name), val="scenes:val:4")
+    assert (tmp_path / "run" / "text.json").read_bytes() == (tmp_path / "file" / "text.json").read_bytes()
+    with pytest.raises(ArtefactError, match="there is no vocabulary at"):
+        prepare("scenes:train:20", str(tiny_dvae), str(tmp_path / "none"), str(tmp_path / "other"), val="scenes:val:4")
+
+
 def test_tokens_of_another_version_are_refused_by_name(copied):
     described = json.loads((copied / MANIFEST).read_text())
     (copied / MANIFEST).write_text(json.dumps({**described, "format": 1}))
