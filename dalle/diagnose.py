@@ -535,7 +535,10 @@ def _why_not_learned(case: Case) -> str:
 
 def _draw(case: Case, seen: dict[str, Any]) -> tuple[list[Finding], dict[str, Tensor]]:
     drawer, codes = case.drawer, case.tokenizer.vocab_size
-    captions, ids = case.val.captions[:CAPTIONS], seen["ids"]["val"][:CAPTIONS]
+    # of those set aside, and of training where they are few
+    captions = (case.val.captions + case.train.captions)[:CAPTIONS]
+    ids = torch.cat([seen["ids"]["val"], seen["ids"]["train"]])[:CAPTIONS]
+    images = torch.cat([case.val.images[:CAPTIONS], case.train.images[:CAPTIONS]])
     defaults = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 1.0}
     changed = {key: value for key, value in case.settings.items() if value != defaults[key]}
 
@@ -595,7 +598,7 @@ def _draw(case: Case, seen: dict[str, Any]) -> tuple[list[Finding], dict[str, Te
     with torch.no_grad():
         for k, caption in enumerate(captions[:SHOWN]):
             own = slice(k * CANDIDATES, (k + 1) * CANDIDATES)
-            columns = [case.val.images[k : k + 1], case.tokenizer.decode(plain.tokens[own])]
+            columns = [images[k : k + 1], case.tokenizer.decode(plain.tokens[own])]
             labels = [Label("true", GOOD)] + [Label("defaults")] * CANDIDATES
             if changed:
                 columns.append(case.tokenizer.decode(chosen.tokens[own]))
