@@ -32,7 +32,7 @@ from dvae.drawings import Label, sheet
 from dvae.errors import DataError, UserError, warn
 from dvae.images import save, to_uint8
 from dvae.listing import printable
-from dvae.model import DVAE, load
+from dvae.tokenizer import ImageTokenizer, load
 
 KIND, REPORT, SKIPPED, PICTURES = "dalle check", "report.json", "skipped.txt", "pictures.png"
 VAL_SHARE = 0.05  # what `dvae fit` and `dalle prepare` set aside unless they are told otherwise
@@ -320,7 +320,7 @@ def _captions(source: Source, rows: Rows, words: Text | None, limit: int) -> dic
 
 
 @torch.inference_mode()
-def _draw(source: Source, words: Text | None, model: DVAE | None, path: Path) -> list[dict[str, str]]:
+def _draw(source: Source, words: Text | None, model: ImageTokenizer | None, path: Path) -> list[dict[str, str]]:
     """Write five rows as the model will see them, always the same ones; their keys and captions."""
     indices = np.sort(order(0, 0, len(source))[:_EXAMPLES]).tolist()
     pictures = source.images(indices)

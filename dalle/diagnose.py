@@ -35,7 +35,7 @@ from dvae.drawings import BAD, GOOD, INK, Label, sheet
 from dvae.errors import ArtefactError, UserError
 from dvae.images import save, to_uint8
 from dvae.listing import printable
-from dvae.model import load
+from dvae.tokenizer import load
 
 DATA, STAGE_1, STAGE_2, SAMPLING = STAGES = "the data", "stage 1", "stage 2", "sampling"
 FINE, LOOK, FAULT, UNKNOWN = "fine", "look", "fault", "not known"

@@ -26,7 +26,7 @@ from dalle.text import Text
 from dvae import artefact
 from dvae.errors import ArtefactError, UserError
 from dvae.images import to_uint8
-from dvae.model import load as load_dvae
+from dvae.tokenizer import load as load_dvae
 
 KIND = "dalle"
 CAPTIONS = 2048  # of the training set that an artefact carries for the contrast score

@@ -23,7 +23,7 @@ from dvae import artefact, files, seeds
 from dvae.data import Source, check_names, check_outside, check_sides, split
 from dvae.errors import ArtefactError, DataError, UserError, warn
 from dvae.images import crop_near_centre
-from dvae.model import DVAE, load
+from dvae.tokenizer import KIND, ImageTokenizer, load
 
 MANIFEST = "prepared.json"
 FORMAT = 2
@@ -109,7 +109,7 @@ def prepare(
     (folder / UNFINISHED).touch()
     for part in ("train", "val", "dvae"):
         shutil.rmtree(folder / part, ignore_errors=True)  # what an interrupted call has left
-    identity = artefact.copy(artefact.find(dvae, DVAE.kind), folder / "dvae")
+    identity = artefact.copy(artefact.find(dvae, KIND), folder / "dvae")
     tokenizer = load(folder / "dvae")  # the copy, for a training that goes on replaces the other
     for part, pairs in (("train", train), ("val", held)):
         _encode(tokenizer, pairs, folder / part, crops if part == "train" else 1, batch)
@@ -174,7 +174,7 @@ def batched(captions: Iterator[str], size: int = 10_000) -> Iterator[list[str]]:
 
 
 @torch.inference_mode()
-def _encode(tokenizer: DVAE, pairs: Source, folder: Path, crops: int, batch: int) -> None:
+def _encode(tokenizer: ImageTokenizer, pairs: Source, folder: Path, crops: int, batch: int) -> None:
     writer = TokenWriter(folder, tokenizer.grid, tokenizer.vocab_size, crops)
     firsts = range(0, len(pairs), batch)
     for first in tqdm(firsts, desc=f"encoding {folder.name}", unit="batch", leave=False, disable=None):

@@ -27,7 +27,7 @@ from dvae import artefact, codebook, plots
 from dvae.errors import ArtefactError, UserError, warn
 from dvae.files import write_bytes
 from dvae.images import grid, open_image, to_uint8
-from dvae.model import load as load_dvae
+from dvae.tokenizer import load as load_dvae
 
 FRAMES = 12  # validations that are shown of each kind of picture
 MOST_PANELS = 16

@@ -12,7 +12,7 @@ from torch import nn
 from dalle import pipeline
 from dvae import artefact
 from dvae.errors import UserError
-from dvae.model import DVAE
+from dvae.tokenizer import KIND
 
 
 def shrink(run: str, out: str = "small") -> None:
@@ -28,7 +28,7 @@ def shrink(run: str, out: str = "small") -> None:
     drawer = pipeline.load(run)
     found = artefact.load(drawer.source, pipeline.KIND)
     with tempfile.TemporaryDirectory() as tokenizer:
-        about = artefact.verify(found.parts[DVAE.kind])["about"]
+        about = artefact.verify(found.parts[KIND])["about"]
         _rounded(drawer.tokenizer).save(tokenizer, about)
         pipeline.save(folder, _rounded(drawer.model), drawer.text, drawer.captions, Path(tokenizer), found.about)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -23,7 +23,7 @@ from dvae import artefact, lit, seeds
 from dvae.errors import UserError
 from dvae.files import write_bytes
 from dvae.images import grid, to_uint8
-from dvae.model import load as load_dvae
+from dvae.tokenizer import load as load_dvae
 
 
 class Pairs(Dataset):

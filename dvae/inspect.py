@@ -22,8 +22,8 @@ from dvae.errors import UserError, warn
 from dvae.evaluate import CHANNELS, psnr
 from dvae.evaluate import evaluate as measure
 from dvae.images import grid, save, to_uint8
-from dvae.model import DVAE, load
 from dvae.plots import cell_map, usage_picture
+from dvae.tokenizer import ImageTokenizer, load
 
 SHOWN = 12  # codes or pictures that are drawn large
 CONTEXTS = 256  # pictures of which the tokens are kept, to exchange codes in them
@@ -152,7 +152,7 @@ def evaluate(
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-def _open(run: str, data: str, out: str) -> tuple[DVAE, Source]:
+def _open(run: str, data: str, out: str) -> tuple[ImageTokenizer, Source]:
     check_outside(out, data)
     model = load(run)
     source = open_source(data, model.config.image_size)
@@ -164,13 +164,13 @@ def _rows(source: Source, count: int | None) -> list[int]:
     return codes.spread(len(source), len(source) if count is None else count).tolist()
 
 
-def most(model: DVAE) -> int:
+def most(model: ImageTokenizer) -> int:
     """How many pictures have logits of a size that is no burden, at most 64."""
     h, w = model.grid
     return max(1, min(64, _MOST_LOGITS // (model.vocab_size * h * w)))
 
 
-def batches(model: DVAE, source: Source, rows: list[int], what: str) -> Iterator[Tensor]:
+def batches(model: ImageTokenizer, source: Source, rows: list[int], what: str) -> Iterator[Tensor]:
     """These rows of a source as pictures `(B, 3, H, W)` in [0, 1], with a bar of progress on stderr."""
     size = most(model)
     with tqdm(total=len(rows), desc=what, unit="", leave=False, disable=None) as bar:
@@ -226,7 +226,7 @@ def _line(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------------ drawing
 
 
-def _examples(model: DVAE, tokens: Tensor) -> Iterator[dict[str, Any]]:
+def _examples(model: ImageTokenizer, tokens: Tensor) -> Iterator[dict[str, Any]]:
     """Some codes of the tokens, from often to seldom used, with their neighbours in code space and by swap effect."""
     used = drawings.most_used(codes.usage(tokens, model.vocab_size).counts, model.vocab_size)
     chosen = used[codes.spread(len(used), SHOWN)]
@@ -263,7 +263,7 @@ def _from_all_sides(seen: codes.Observed, alone: Tensor, examples: list[dict[str
     return sheet(rows, side=72, title=f"typical: patches of the data that the encoder is surest of; {near}")
 
 
-def _worst(model: DVAE, originals: Tensor, found: list[dict[str, Any]]) -> Tensor:
+def _worst(model: ImageTokenizer, originals: Tensor, found: list[dict[str, Any]]) -> Tensor:
     """A row a picture: original, reconstruction, and where they differ."""
     with torch.inference_mode():
         decoded = torch.cat([model.decode(model.encode(image[None])) for image in originals])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dvae import artefact
-from dvae.errors import ArtefactError, UserError
+from dvae.errors import UserError
 from dvae.likelihood import likelihood
 from dvae.quantize import GumbelSoftmax, Quantized
 
@@ -273,21 +273,3 @@ class DVAE(nn.Module):
     def save(self, folder: str | Path, about: dict | None = None) -> str:
         """Write the artefact to `folder`, replacing an older one atomically; returns its digest."""
         return artefact.save(folder, self.kind, asdict(self.config), self.state_dict(), about=about or {})
-
-
-def load(run: str | Path) -> DVAE:
-    """The trained DVAE of a run folder or an artefact folder, on the CPU, in eval mode.
-
-    Raises:
-        ArtefactError: it is missing, damaged, or not a dVAE.
-    """
-    found = artefact.load(artefact.find(run, DVAE.kind), DVAE.kind)
-    try:
-        model = DVAE(DVAEConfig(**found.config))
-        model.load_state_dict(found.tensors)
-    except (TypeError, RuntimeError, UserError) as error:
-        raise ArtefactError(
-            f"{run} does not hold a dVAE of this version: {str(error).splitlines()[0]}",
-            "train it again, or use the version of this project that wrote it",
-        ) from error
-    return model.eval().requires_grad_(False)

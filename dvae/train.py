@@ -30,9 +30,10 @@ from dvae.data import (
 )
 from dvae.errors import UserError, warn
 from dvae.images import augment, grid, to_uint8
-from dvae.model import DVAE, DVAEConfig, load
+from dvae.model import DVAE, DVAEConfig
 from dvae.quantize import usage_gap
 from dvae.schedules import Schedule
+from dvae.tokenizer import KIND, load
 
 
 class Pictures(Dataset):
@@ -179,7 +180,7 @@ class LitDVAE(lit.Lit):
         self.started_from: str | None = None
         if init_from is not None:
             start = load(init_from)
-            self.started_from = artefact.digest(artefact.find(init_from, DVAE.kind))
+            self.started_from = artefact.digest(artefact.find(init_from, KIND))
             if start.config != config:
                 raise UserError(
                     f"{init_from} has another architecture than this config", f"use its own config: {start.config}"

@@ -36,8 +36,8 @@ from dvae.errors import ArtefactError, UserError
 from dvae.images import save as to_png
 from dvae.images import to_uint8
 from dvae.model import Encoder
-from dvae.model import load as load_dvae
 from dvae.schedules import Schedule
+from dvae.tokenizer import load as load_dvae
 from dvae.train import LitDVAE
 
 MAIN = {"dvae": dvae.__main__.main, "dalle": dalle.__main__.main}

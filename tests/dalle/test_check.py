@@ -20,7 +20,7 @@ from dvae.data import open_source
 from dvae.drawings import Label, sheet
 from dvae.errors import ArtefactError, DataError, UserError
 from dvae.images import About, open_image, save, to_uint8
-from dvae.model import load
+from dvae.tokenizer import load
 
 
 def picture(seed: int, height: int = 8, width: int = 8) -> torch.Tensor:

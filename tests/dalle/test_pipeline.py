@@ -18,7 +18,7 @@ from dvae import artefact
 from dvae.errors import ArtefactError, UserError
 from dvae.images import to_uint8
 from dvae.model import DVAE
-from dvae.model import load as load_dvae
+from dvae.tokenizer import load as load_dvae
 
 CAPTION = "a red circle above a small blue square"
 

@@ -16,7 +16,8 @@ from dvae import artefact, scenes, seeds
 from dvae.data import open_source, split
 from dvae.errors import ArtefactError, DataError, UserError
 from dvae.images import crop_near_centre, save
-from dvae.model import DVAE, load
+from dvae.model import DVAE
+from dvae.tokenizer import load
 
 
 def listing(folder) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from dalle.model import DALLE
 from dvae import artefact
 from dvae.__main__ import main as dvae_main
 from dvae.images import open_image
-from dvae.model import load
+from dvae.tokenizer import load
 
 NAME, PICTURES = "emoji", 200
 SETTINGS = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 1.0}

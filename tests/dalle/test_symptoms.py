@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dalle import pipeline, symptoms
 from dalle.model import DALLE, DALLEConfig, losses
 from dvae.data import open_source
-from dvae.model import load
+from dvae.tokenizer import load
 
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.8, 0.2), "blue": (0.1, 0.2, 0.9)}
 

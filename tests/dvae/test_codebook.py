@@ -23,7 +23,8 @@ from dvae.codebook import (
     usage,
     usage_by_cell,
 )
-from dvae.model import DVAE, DVAEConfig, load
+from dvae.model import DVAE, DVAEConfig
+from dvae.tokenizer import load
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import torch
 
 from dvae.errors import DataError
 from dvae.evaluate import Moments, evaluate, frechet_distance, psnr, ssim
-from dvae.model import DVAE, DVAEConfig, load
+from dvae.model import DVAE, DVAEConfig
+from dvae.tokenizer import load
 
 
 def moments(features: torch.Tensor, *sizes: int) -> Moments:

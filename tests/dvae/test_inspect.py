@@ -14,7 +14,8 @@ from dvae.errors import DataError, UserError
 from dvae.evaluate import psnr, ssim
 from dvae.images import open_image, save
 from dvae.inspect import codebook, evaluate, load_features, most, reconstruct
-from dvae.model import DVAE, DVAEConfig, load
+from dvae.model import DVAE, DVAEConfig
+from dvae.tokenizer import load
 
 DATA = "scenes:train:64"
 

@@ -10,7 +10,8 @@ from einops import rearrange
 
 from dvae import seeds
 from dvae.errors import ArtefactError, UserError
-from dvae.model import DVAE, Block, DVAEConfig, load
+from dvae.model import DVAE, Block, DVAEConfig
+from dvae.tokenizer import load
 
 TINY = {
     "image_size": 32, "vocab_size": 16, "hidden": 8, "groups": 2, "blocks": 1, "bottleneck": 2, "code_width": 8,
