@@ -9,6 +9,7 @@ B batch, H W picture, h w grid, K codes, C channels.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,8 +61,8 @@ class DVAEConfig:
 
     def __post_init__(self):
         for name in ("image_size", "vocab_size", "hidden", "groups", "blocks", "bottleneck", "code_width", "patch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}", f"{name} must be at least 1")
+            _whole(name, getattr(self, name))
+        _whole("kernel", self.kernel)
         if self.kernel < self.patch or (self.kernel - self.patch) % 2:
             raise UserError(
                 f"kernel {self.kernel} does not fit patch {self.patch}",
@@ -74,7 +75,13 @@ class DVAEConfig:
             )
         if self.hidden % self.bottleneck:
             raise UserError(
-                f"hidden {self.hidden} is not a multiple of bottleneck {self.bottleneck}", "choose a multiple"
+                f"hidden {self.hidden} is not a multiple of bottleneck {self.bottleneck}",
+                f"choose a multiple of {self.bottleneck}: a residual path has hidden / bottleneck channels",
+            )
+        if self.gain is not None and not 0 < self.gain < math.inf:
+            raise UserError(
+                f"gain {self.gain} is not a positive number",
+                f"null means the paper's 1 / (groups * blocks)**2, here 1/{(self.groups * self.blocks) ** 2}",
             )
         likelihood(self.likelihood, self.spread)
 
@@ -93,9 +100,31 @@ class DVAEConfig:
         return 1 / (self.groups * self.blocks) ** 2 if self.gain is None else self.gain
 
 
-def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+def _whole(name: str, value: int) -> None:
+    if type(value) is not int or value < 1:
+        raise UserError(f"{name} is {value!r}", f"{name} must be a whole number, at least 1")
+
+
+def float32(device: torch.device) -> AbstractContextManager:
+    """Inside, nothing is cast to 16 bits; the device "meta" has no autocast that could be switched off."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+class ExactConv(nn.Conv2d):
+    """A convolution in its weights' precision, float32 that is, under autocast too: it stands next to the relaxation.
+
+    The released code does so; logits decide by small differences which code is drawn.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with float32(x.device):
+            return super().forward(x.to(self.weight.dtype))
+
+
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
     """Zero-padded; weights normal with standard deviation 1 / sqrt(fan-in), biases 0 (the released code's choice)."""
-    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - stride) // 2)
+    layer = kind(inputs, outputs, kernel, stride, padding=(kernel - stride) // 2)
     nn.init.normal_(layer.weight, std=1 / math.sqrt(inputs * kernel**2))
     nn.init.zeros_(layer.bias)
     return layer
@@ -137,7 +166,9 @@ class Encoder(nn.Module):
             if group < config.groups - 1:
                 layers.append(nn.MaxPool2d(2))
         self.body = nn.Sequential(*layers, nn.ReLU())
-        self.output = conv(width, config.code_width if config.tied else config.vocab_size, 1)
+        self.output = (
+            conv(width, config.code_width, 1) if config.tied else conv(width, config.vocab_size, 1, kind=ExactConv)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output(self.body(x))
@@ -152,7 +183,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DVAEConfig, channels: int):
         super().__init__()
         self.patch = config.patch
-        self.input = nn.Identity() if config.tied else conv(config.vocab_size, config.code_width, 1)
+        self.input = nn.Identity() if config.tied else conv(config.vocab_size, config.code_width, 1, kind=ExactConv)
         width = config.code_width
         layers: list[nn.Module] = []
         for group in reversed(range(config.groups)):
@@ -187,7 +218,7 @@ class Sphere(nn.Module):
 
     def logits(self, directions: Tensor) -> Tensor:
         """`(B, code_width, h, w)` -> cosines with all codes, sharpened: `(B, K, h, w)`."""
-        with torch.autocast(directions.device.type, enabled=False):  # neighbours differ in the third decimal
+        with float32(directions.device):  # neighbours differ in the third decimal
             cosines = torch.einsum("bdhw,kd->bkhw", F.normalize(directions.float(), dim=1), self.points())
             return cosines * self.log_sharpness.exp()
 
@@ -227,7 +258,7 @@ class DVAE(nn.Module):
         """Images `(B, 3, H, W)` in [0, 1] -> unnormalised log-probabilities of the codes `(B, K, h, w)`.
 
         Raises:
-            UserError: when the pictures are not of the size that the model was made for.
+            UserError: when the pictures are not of the size that the model was made for, or no floats.
         """
         side = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (3, side, side):
@@ -235,6 +266,8 @@ class DVAE(nn.Module):
                 f"images of shape {tuple(images.shape)} do not fit this model",
                 f"it reads (batch, 3, {side}, {side}); dvae.images.square crops and scales a picture",
             )
+        if not images.is_floating_point():
+            raise UserError(f"images of {images.dtype} are no floats in [0, 1]", "divide bytes: images.float() / 255")
         output = self.encoder(self.likelihood.inmap(images))
         return output if self.sphere is None else self.sphere.logits(output)
 

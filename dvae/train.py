@@ -173,6 +173,10 @@ class LitDVAE(lit.Lit):
         seed: int = 0,
     ):
         super().__init__(optimiser, checkpoint_every, seed)
+        if min(temperature.start, temperature.start if temperature.end is None else temperature.end) <= 0:
+            raise UserError(
+                f"temperature goes from {temperature.start} to {temperature.end}", "give values above 0, such as 0.0625"
+            )
         self.temperature, self.kl_weight, self.usage_weight = temperature, kl_weight, usage_weight
         self.revival = revival
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -180,6 +184,11 @@ class LitDVAE(lit.Lit):
         self.started_from: str | None = None
         if init_from is not None:
             start = load(init_from)
+            if not isinstance(start, DVAE):
+                raise UserError(
+                    f"{init_from} is a {type(start).__name__}, which is read and painted with, not trained",
+                    "start from a run of `dvae fit` or `dvae import openai`, or leave --init_from away",
+                )
             self.started_from = artefact.digest(artefact.find(init_from, KIND))
             if start.config != config:
                 raise UserError(

@@ -1,4 +1,5 @@
 import io
+import math
 import os
 import struct
 import subprocess
@@ -617,6 +618,55 @@ def test_augment_scales_as_listing_1_says():
     assert 110 < flips < 190
 
 
+def resized(monkeypatch):
+    """What Pillow is asked for, as (box, side, resampling), each answered with a picture that shows its own columns."""
+    asked = []
+
+    def resize(picture, size, resample, box):
+        asked.append((box, size, resample))
+        column = np.arange(size[0]) // 256, np.arange(size[0]) % 256, np.zeros(size[0])
+        return Image.fromarray(np.broadcast_to(np.stack(column, -1).astype(np.uint8), (*size, 3)))
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    return asked
+
+
+@pytest.mark.parametrize(
+    "height, width, lowest, highest",
+    [(256, 300, 256, 256), (270, 256, 256, 256), (300, 280, 280, 280), (300, 600, 288, 300), (500, 420, 288, 384)],
+)
+def test_listing_1_draws_every_size_between_its_bounds(height, width, lowest, highest, monkeypatch):
+    """At the paper's 256 px: t from min(s, 288) to min(s, 384), both ends too, by area; the square is the largest one;
+    the crop lies anywhere in it and is flipped in about half (1,000 tries: 4 standard errors are 0.063)."""
+    asked, image = resized(monkeypatch), torch.zeros(3, height, width, dtype=torch.uint8)
+    side, tries, sizes, starts, flips = min(height, width), 1000, [], [], 0
+    for n in range(tries):
+        crop = images.augment(image, 256, seeds.rng("listing", n))
+        ((left, top, right, bottom), (t, _), resampling), *more = asked
+        asked.clear()
+        assert not more and crop.shape == (3, 256, 256) and crop.dtype == torch.uint8
+        assert resampling == Image.Resampling.BOX and (right - left, bottom - top) == (side, side)
+        assert 0 <= left <= right <= width and 0 <= top <= bottom <= height
+        columns = crop[0, 0].int() * 256 + crop[1, 0].int()
+        flips += int(columns[0] > columns[-1])
+        first = int(min(columns[0], columns[-1]))
+        assert torch.equal(columns.sort().values, torch.arange(first, first + 256))
+        sizes.append(t)
+        starts.append(first / (t - 256) if t > 256 else 0.5)
+    assert set(sizes) == set(range(lowest, highest + 1))
+    assert abs(np.mean(sizes) - (lowest + highest) / 2) <= 4 * (highest - lowest + 1) / math.sqrt(12 * tries)
+    assert highest == 256 or (min(starts) == 0 and max(starts) == 1 and 0.44 < np.mean(starts) < 0.56)
+    assert 0.437 < flips / tries < 0.563
+
+
+def test_listing_1_takes_its_square_from_anywhere_along_the_long_side(monkeypatch):
+    asked = resized(monkeypatch)
+    for n in range(400):
+        images.augment(torch.zeros(3, 256, 280, dtype=torch.uint8), 256, seeds.rng("square", n))
+    lefts = [box[0] for box, *_ in asked]
+    assert set(lefts) == set(range(25)) and {box[1] for box, *_ in asked} == {0}
+
+
 @pytest.mark.parametrize("height, width", [(1, 1), (5, 3), (16, 16), (17, 30), (18, 18), (24, 99), (300, 200), (1, 99)])
 def test_crop_near_centre_any_shape(height, width):
     image = torch.from_numpy(noise(height, width)).permute(2, 0, 1)
@@ -656,6 +706,17 @@ def test_area_resampling_is_the_mean_of_blocks():
         distances = [(window - picture).abs().max() for window in windows for picture in (crop, crop.flip(2))]
         hits += min(distances) <= 1  # Pillow rounds after each of its two passes
     assert hits > 0  # whenever t was 18
+
+
+def test_area_resampling_rounds_to_the_nearest_of_256_levels():
+    """Of a picture that changes along its rows only: each level is the rounded mean of three, when t is 18 of 54."""
+    levels = torch.from_numpy(noise(1, 54)).permute(2, 0, 1)
+    levels[:, :, :6], levels[:, :, 6:12] = 0, 255
+    means = (levels.float().unfold(2, 3, 3).mean(3) + 1e-3).round().to(torch.uint8).expand(3, 16, 18)
+    windows = [means[:, :, x : x + 16] for x in range(3)]
+    windows += [window.flip(2) for window in windows]
+    crops = [images.augment(levels.expand(3, 54, 54), 16, seeds.rng("levels", n)) for n in range(60)]
+    assert sum(any(torch.equal(crop, window) for window in windows) for crop in crops) >= 4
 
 
 # ------------------------------------------------------------------------------------------------------ out again

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch import nn
 
 from dvae import seeds
 from dvae.errors import ArtefactError, UserError
-from dvae.model import DVAE, Block, DVAEConfig
+from dvae.model import DVAE, Block, DVAEConfig, ExactConv
+from dvae.quantize import GumbelSoftmax
 from dvae.tokenizer import load
 
 TINY = {
@@ -19,15 +21,144 @@ TINY = {
 }  # fmt: skip
 
 
-def test_the_papers_model_has_the_released_number_of_parameters():
+# ----------------------------------------------------------------------------------------------- the paper's own model
+
+
+@pytest.fixture(scope="module")
+def paper() -> DVAE:
+    """Its 97.6 million weights without their numbers."""
     with torch.device("meta"):
-        model = DVAE(DVAEConfig())
-    assert sum(p.numel() for p in model.encoder.parameters()) == 53_786_240
-    assert sum(p.numel() for p in model.decoder.parameters()) == 43_829_766
-    assert model.grid == (32, 32) and model.vocab_size == 8192 and model.config.factor == 8
-    assert model.config.residual_gain == 1 / 64
-    assert model.logits(torch.empty(1, 3, 256, 256, device="meta")).shape == (1, 8192, 32, 32)
-    assert model.codes().shape == (8192, 128)
+        return DVAE(DVAEConfig())
+
+
+def layers_of(module, x):
+    """What a picture passes: (layer, channels in, channels out, kernel, side out) of each, blocks not opened."""
+    seen, hooks = [], []
+
+    def see(layer, inputs, output):
+        kernel = layer.kernel_size[0] if isinstance(layer, nn.Conv2d) else None
+        seen.append((type(layer).__name__, inputs[0].shape[1], output.shape[1], kernel, output.shape[2]))
+
+    blocks = [m for m in module.modules() if isinstance(m, Block)]
+    inside = {layer for block in blocks for layer in block.modules()} - set(blocks)
+    for layer in module.modules():
+        if layer not in inside and (isinstance(layer, Block) or not list(layer.children())):
+            hooks.append(layer.register_forward_hook(see))
+    module(x)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_the_papers_model_has_the_released_number_of_weights(paper):
+    assert sum(p.numel() for p in paper.encoder.parameters()) == 53_786_240
+    assert sum(p.numel() for p in paper.decoder.parameters()) == 43_829_766
+    assert (len(paper.encoder.state_dict()), len(paper.decoder.state_dict())) == (74, 76)
+    assert len(paper.state_dict()) == 74 + 76
+    assert paper.grid == (32, 32) and paper.vocab_size == 8192 and paper.config.factor == 8
+
+
+def test_the_papers_encoder_layer_by_layer(paper):
+    pictures = torch.empty(1, 3, 256, 256, device="meta")
+    assert layers_of(paper.encoder, pictures) == [
+        ("Conv2d", 3, 256, 7, 256),
+        ("Block", 256, 256, None, 256), ("Block", 256, 256, None, 256), ("MaxPool2d", 256, 256, None, 128),
+        ("Block", 256, 512, None, 128), ("Block", 512, 512, None, 128), ("MaxPool2d", 512, 512, None, 64),
+        ("Block", 512, 1024, None, 64), ("Block", 1024, 1024, None, 64), ("MaxPool2d", 1024, 1024, None, 32),
+        ("Block", 1024, 2048, None, 32), ("Block", 2048, 2048, None, 32),
+        ("ReLU", 2048, 2048, None, 32), ("ExactConv", 2048, 8192, 1, 32),
+    ]  # fmt: skip
+    assert paper.logits(pictures).shape == (1, 8192, 32, 32)
+    assert [(m.kernel_size, m.stride) for m in paper.encoder.modules() if isinstance(m, nn.MaxPool2d)] == [(2, 2)] * 3
+
+
+def test_the_papers_decoder_layer_by_layer(paper):
+    assert layers_of(paper.decoder, torch.empty(1, 8192, 32, 32, device="meta")) == [
+        ("ExactConv", 8192, 128, 1, 32),
+        ("Block", 128, 2048, None, 32), ("Block", 2048, 2048, None, 32), ("Upsample", 2048, 2048, None, 64),
+        ("Block", 2048, 1024, None, 64), ("Block", 1024, 1024, None, 64), ("Upsample", 1024, 1024, None, 128),
+        ("Block", 1024, 512, None, 128), ("Block", 512, 512, None, 128), ("Upsample", 512, 512, None, 256),
+        ("Block", 512, 256, None, 256), ("Block", 256, 256, None, 256),
+        ("ReLU", 256, 256, None, 256), ("Conv2d", 256, 6, 1, 256),
+    ]  # fmt: skip
+    assert paper.codes().shape == (8192, 128)
+    scales = [(m.scale_factor, m.mode) for m in paper.decoder.modules() if isinstance(m, nn.Upsample)]
+    assert scales == [(2, "nearest")] * 3
+
+
+@pytest.mark.parametrize("side, kernels", [("encoder", (3, 3, 3, 1)), ("decoder", (1, 3, 3, 3))])
+def test_the_papers_blocks_have_their_1x1_towards_the_relaxation(paper, side, kernels):
+    blocks = [m for m in getattr(paper, side).modules() if isinstance(m, Block)]
+    assert len(blocks) == 8
+    for block in blocks:
+        path = list(block.residual)
+        assert [type(layer) for layer in path] == [nn.ReLU, nn.Conv2d] * 4
+        convs = path[1::2]
+        assert tuple(layer.kernel_size[0] for layer in convs) == kernels
+        inputs, outputs = convs[0].in_channels, convs[-1].out_channels
+        assert [layer.out_channels for layer in convs] == [outputs // 4] * 3 + [outputs]
+        if inputs == outputs:
+            assert isinstance(block.skip, nn.Identity)
+        else:
+            assert (block.skip.kernel_size, block.skip.out_channels) == ((1, 1), outputs)
+        assert block.gain == 1 / 64
+
+
+def test_the_papers_convolutions_keep_the_size_and_nothing_is_normalised(paper):
+    convs = [m for m in paper.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convs) == (74 + 76) / 2  # weights and biases
+    for layer in convs:
+        assert layer.stride == (1, 1) and layer.padding == tuple((k - 1) // 2 for k in layer.kernel_size)
+        assert layer.padding_mode == "zeros" and layer.bias is not None and layer.groups == 1
+    leaves = {type(m) for m in paper.modules() if not list(m.children())}
+    assert leaves == {nn.Conv2d, ExactConv, nn.ReLU, nn.MaxPool2d, nn.Upsample, nn.Identity, GumbelSoftmax}
+
+
+def test_weights_begin_normal_with_one_over_the_root_of_the_fan_in_and_biases_at_zero():
+    """Of each layer: the standard deviation within 5 of its standard errors, and the shares of a normal distribution
+    within one and two of it."""
+    model = DVAE(DVAEConfig(image_size=32, vocab_size=512, hidden=32, code_width=32))
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert {layer.kernel_size[0] for layer in layers} == {1, 3, 7}
+    every = []
+    for layer in layers:
+        weights = layer.weight.detach() * math.sqrt(layer.in_channels * layer.kernel_size[0] ** 2)
+        assert abs(weights.std() - 1) < 5 / math.sqrt(2 * weights.numel())
+        every.append(weights.flatten())
+        assert (layer.bias == 0).all()
+    every = torch.cat(every).abs()
+    for width, share in ((1, 0.6827), (2, 0.9545)):
+        assert (every < width).float().mean().item() == pytest.approx(share, abs=0.002)
+
+
+def test_beside_the_relaxation_convolutions_are_in_float32_under_autocast():
+    """And the others are not; weights and input."""
+    model, images = DVAE(DVAEConfig(**TINY)), torch.rand(2, 3, 32, 32)
+    seen = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, logits, quantized = model(images, 1.0, seeds.generator(0))
+    exact = {"encoder.output": model.encoder.output, "decoder.input": model.decoder.input}
+    for name, layer in exact.items():
+        read, given = seen[name]
+        assert given.dtype == torch.float32
+        assert torch.equal(given, F.conv2d(read.float(), layer.weight, layer.bias)), name
+    assert seen["encoder.output"][0].dtype == torch.bfloat16 and seen["decoder.input"][0] is quantized.z
+    assert logits.dtype == quantized.z.dtype == torch.float32
+    others = {output.dtype for name, (_, output) in seen.items() if name not in exact}
+    assert len(seen) > 8 and others == {torch.bfloat16}
+    quantized.z.sum().backward()
+    assert model.encoder.output.weight.grad.dtype == torch.float32
+
+
+def test_tied_codes_have_no_such_convolutions(tied):
+    """Their recipes keep the 16 bits that they were tuned with; the sphere itself is float32."""
+    assert not any(isinstance(m, ExactConv) for m in tied.modules())
+
+
+# ---------------------------------------------------------------------------------------------------- any architecture
 
 
 @pytest.mark.parametrize("groups, patch, factor", [(1, 1, 1), (4, 1, 8), (2, 2, 4), (2, 4, 8), (3, 4, 16)])
@@ -44,16 +175,59 @@ def test_shapes_follow_the_factor(groups, patch, factor, name):
     assert pictures.shape == images.shape and 0 <= pictures.min() and pictures.max() <= 1
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{name: 0} for name in TINY]
-    + [{"image_size": 36}, {"hidden": 9}, {"kernel": 7}, {"kernel": 2}, {"likelihood": "x"}, {"spread": -1.0}],
-    ids=str,
-)
-def test_wrong_settings_are_refused(wrong):
+WHOLE = [
+    "image_size", "vocab_size", "hidden", "groups", "blocks", "bottleneck", "code_width", "patch", "kernel",
+]  # fmt: skip
+NO_FIT = "the kernel must be as large as the patch and differ from it by an even number"
+REFUSED = [
+    *(
+        ({name: value}, f"{name} is {value!r}", f"{name} must be a whole number, at least 1")
+        for name in WHOLE
+        for value in (0, -4, 8.0, "8", True, None)
+    ),
+    ({"kernel": 7}, "kernel 7 does not fit patch 4", NO_FIT),  # one of them even, one odd
+    ({"kernel": 2}, "kernel 2 does not fit patch 4", NO_FIT),
+    ({"kernel": 6, "patch": 1}, "kernel 6 does not fit patch 1", NO_FIT),
+    (
+        {"image_size": 36},
+        "image_size 36 is not a multiple of the downsampling factor 8",
+        "choose a multiple of 8 = patch * 2**(groups - 1)",
+    ),
+    (
+        {"groups": 5},
+        "image_size 32 is not a multiple of the downsampling factor 64",
+        "choose a multiple of 64 = patch * 2**(groups - 1)",
+    ),
+    (
+        {"hidden": 9},
+        "hidden 9 is not a multiple of bottleneck 2",
+        "choose a multiple of 2: a residual path has hidden / bottleneck channels",
+    ),
+    *(
+        (
+            {"gain": gain},
+            f"gain {gain} is not a positive number",
+            "null means the paper's 1 / (groups * blocks)**2, here 1/4",
+        )
+        for gain in (0, -0.5, math.nan, math.inf)
+    ),
+    ({"likelihood": "x"}, "unknown likelihood 'x'", "choose logit-laplace, l2 or l1"),
+    *(
+        (
+            {"spread": spread},
+            f"spread {spread} of the likelihood is not a positive number",
+            "0.1 suits pictures in [0, 1]",
+        )
+        for spread in (0.0, -1.0, math.nan)
+    ),
+]
+
+
+@pytest.mark.parametrize("wrong, what, hint", REFUSED, ids=[str(wrong) for wrong, *_ in REFUSED])
+def test_settings_that_contradict_each_other_are_refused(wrong, what, hint):
     with pytest.raises(UserError) as caught:
         DVAEConfig(**{**TINY, **wrong})
-    assert next(iter(wrong)) in caught.value.what and caught.value.hint
+    assert (caught.value.what, caught.value.hint) == (what, hint)
 
 
 @pytest.fixture
@@ -187,6 +361,11 @@ def test_save_and_load_keep_a_tied_model(tmp_path, tied):
 def test_a_picture_of_another_size_is_refused(model, shape):
     with pytest.raises(UserError, match="do not fit"):
         model.encode(torch.rand(shape))
+
+
+def test_bytes_are_not_taken_for_floats(model):
+    with pytest.raises(UserError, match=r"^images of torch.uint8 are no floats in \[0, 1\]$"):
+        model.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 def test_pixels_of_a_patch_go_where_they_came_from():

@@ -397,3 +397,37 @@ def test_the_loss_counts_nats_per_value_at_every_downsampling_factor(groups, pat
         total += (reconstruction + 6.6 * kl) / (32 * 32 * 3) / 2
     assert loss.item() == pytest.approx(total, rel=1e-5)
     assert logged["train/kl"].item() <= math.log(6)
+
+
+@pytest.mark.parametrize(
+    "groups, patch, side, values",
+    [(3, 1, 32, 48), (1, 4, 16, 48), (4, 1, 32, 192), (4, 1, 64, 192), (2, 4, 32, 192), (4, 2, 32, 768)],
+)
+def test_beta_weighs_the_kl_of_a_token_against_the_values_that_it_stands_for(groups, patch, side, values):
+    """What beta adds to the loss is beta / 48 of the mean KL of a token at f4, beta / 192 at f8, beta / 768 at f16, at
+    any size of picture; the KL by a loop over cells and codes. So the paper's 6.6 is 0.034375 at f8."""
+    from dvae.lit import Optimiser
+    from dvae.schedules import Schedule
+    from dvae.train import LitDVAE
+
+    config = DVAEConfig(
+        image_size=side, vocab_size=6, hidden=4, groups=groups, blocks=1, bottleneck=2, code_width=4,
+        kernel=patch + 2, patch=patch,
+    )  # fmt: skip
+    assert values == 3 * config.factor**2
+    lit = LitDVAE(config, Optimiser(Schedule(1e-3)), temperature=Schedule(0.9), kl_weight=Schedule(0.0))
+    with torch.no_grad():
+        lit.model.encoder.output.weight.mul_(20)
+    batch = {"images": torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8)}
+    losses = {}
+    for beta in (0.0, 6.6):
+        lit.kl_weight = Schedule(beta)
+        losses[beta] = lit.step(batch, update=0, batch_index=0)[0].item()
+    per_token, cells = 0.0, 3 * config.grid[0] * config.grid[1]
+    for cell in lit.model.logits(batch["images"] / 255).movedim(1, -1).reshape(cells, 6).double().tolist():
+        total = sum(math.exp(v) for v in cell)
+        per_token += sum(math.exp(v) / total * math.log(math.exp(v) / total * 6) for v in cell) / cells
+    assert per_token > 0.2
+    assert losses[6.6] - losses[0.0] == pytest.approx(6.6 / values * per_token, rel=1e-3)
+    if config.factor == 8:
+        assert 6.6 / values == pytest.approx(0.034375)

@@ -1,16 +1,38 @@
+"""A half-cosine at known steps, those of the paper's three schedules as they are shipped, and what is refused."""
+
 import math
+from pathlib import Path
 
 import pytest
+import yaml
 
+from dvae.errors import UserError
 from dvae.schedules import Schedule
 
+PAPER = yaml.safe_load((Path(__file__).parents[2] / "configs" / "dvae" / "paper.yaml").read_text())["model"]
+LAST = 3_000_000
+DIAGONAL = math.sqrt(1 / 2)  # the cosine of an eighth of a turn
+SHARES = [1, (1 + DIAGONAL) / 2, 1 / 2, (1 - DIAGONAL) / 2, 0]  # of the start, after each quarter of the way
 
-def test_half_cosine_known_values():
-    temperature = Schedule(start=1.0, end=1 / 16, steps=150_000)  # the paper's, appendix A.2
-    assert temperature(0) == 1.0
-    assert temperature(75_000) == pytest.approx((1 + 1 / 16) / 2)
-    assert temperature(50_000) == pytest.approx(1 / 16 + 15 / 16 * 0.75)  # cos(pi / 3) = 1 / 2
-    assert temperature(150_000) == temperature(10**9) == 1 / 16
+
+@pytest.mark.parametrize(
+    "settings, start, end, steps",
+    [
+        (PAPER["kl_weight"], 0, 6.6, 5_000),
+        (PAPER["temperature"], 1, 1 / 16, 150_000),
+        (PAPER["optimiser"]["learning_rate"], 1e-4, 1.25e-6, 1_200_000),
+    ],
+    ids=["kl_weight", "temperature", "learning_rate"],
+)
+def test_the_papers_schedules_at_their_corner_steps(settings, start, end, steps):
+    """As shipped in dvae/paper: a half-cosine."""
+    schedule = Schedule(**settings)
+    for quarter, share in enumerate(SHARES):
+        assert schedule(quarter * steps // 4) == pytest.approx(share * start + (1 - share) * end, rel=1e-12)
+    assert schedule(0) == start  # no warm-up
+    assert start != schedule(1) != schedule(steps - 1) != end
+    assert schedule(steps) == schedule(steps + 1) == schedule(LAST) == end
+    assert min(start, end) < schedule(steps - 1) < max(start, end)
 
 
 @pytest.mark.parametrize("start, end", [(0.0, 6.6), (1e-4, 1.25e-6)])
@@ -38,3 +60,20 @@ def test_warmup_rises_linearly_and_shifts_the_rest():
 def test_is_a_value():
     assert Schedule(1.0, 0.5, 10) == Schedule(1.0, 0.5, 10)
     assert all(math.isfinite(Schedule(1.0, 0.5, 1, 1)(step)) for step in range(4))
+
+
+@pytest.mark.parametrize(
+    "wrong, what",
+    [
+        ({"start": math.nan}, "start nan of a schedule is not a finite number"),
+        ({"start": 1.0, "end": math.inf, "steps": 5}, "end inf of a schedule is not a finite number"),
+        ({"start": 1.0, "end": 0.5, "steps": -5}, "steps -5, warmup 0 of a schedule"),
+        ({"start": 1.0, "warmup": -1}, "steps 0, warmup -1 of a schedule"),
+        ({"start": 1.0, "steps": 5}, "steps is 5, but end is null: the schedule stays at its start 1.0"),
+    ],
+    ids=str,
+)
+def test_schedules_that_mean_nothing_are_refused(wrong, what):
+    with pytest.raises(UserError) as caught:
+        Schedule(**wrong)
+    assert caught.value.what == what and caught.value.hint

@@ -1,19 +1,25 @@
-"""The revival of codes: who moves, where to, and what the optimiser forgets; which files a training sees.
+"""The paper's recipe as a whole; the revival of codes: who moves, where to, and what the optimiser forgets; which files
+a training sees.
 
-The loss is tested in test_model.py.
+The loss is tested in test_quantize.py, the model in test_model.py.
 """
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from torch.nn import functional as F
 
+from dvae import seeds
 from dvae.errors import DataError, UserError
 from dvae.images import save
 from dvae.lit import Optimiser
 from dvae.model import DVAEConfig
 from dvae.schedules import Schedule
-from dvae.train import ImageData, LitDVAE, Revival
+from dvae.tokenizer import load
+from dvae.train import ImageData, LitDVAE, Revival, main
 
 TIED = {"image_size": 32, "vocab_size": 16, "hidden": 8, "groups": 1, "blocks": 1, "code_width": 4, "kernel": 8}
 SCHEDULES = {"temperature": Schedule(1.0), "kl_weight": Schedule(0.0)}
@@ -22,6 +28,96 @@ SCHEDULES = {"temperature": Schedule(1.0), "kl_weight": Schedule(0.0)}
 def module(tied=True):
     config = DVAEConfig(**TIED, patch=8, gain=1.0, likelihood="l2", tied=tied)
     return LitDVAE(config, Optimiser(Schedule(1e-2)), **SCHEDULES, revival=Revival(every=2, until=4))
+
+
+# ------------------------------------------------------------------------------------------------- the paper's recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "dvae"
+
+
+def test_the_papers_recipe_trains_the_papers_model_on_512_pictures_an_update():
+    """`DVAEConfig()` is what test_model.py compares with the released code, layer by layer."""
+    recipe = yaml.safe_load((CONFIGS / "paper.yaml").read_text())
+    assert DVAEConfig(**recipe["model"]["config"]) == DVAEConfig()
+    trainer = recipe["trainer"]
+    assert recipe["data"]["batch_size"] * trainer["accumulate_grad_batches"] == 512
+    assert trainer["val_check_interval"] == 10_000 * trainer["accumulate_grad_batches"]
+    assert trainer["max_steps"] % 10_000 == 0
+
+
+def test_accumulated_batches_are_one_update_of_their_mean_loss(tmp_path, monkeypatch):
+    """One update of two batches by the trainer, and the same by hand."""
+    seen, step = [], LitDVAE.step
+
+    def record(module, batch, update, batch_index):
+        if not seen:
+            seen.append({name: value.clone() for name, value in module.model.state_dict().items()})
+        seen.append((batch, update, batch_index))
+        return step(module, batch, update, batch_index)
+
+    monkeypatch.setattr(LitDVAE, "step", record)
+    settings = "image_size=32 vocab_size=8 hidden=8 groups=3 blocks=1 code_width=4"
+    main(
+        ["fit", "--config", "dvae/paper", f"--run={tmp_path / 'run'}"]
+        + [f"--model.config.{setting}" for setting in settings.split()]
+        + ["--model.optimiser.ema=null", "--model.optimiser.learning_rate.start=0.01", "--data.batch_size=3"]
+        + ["--data.workers=0"]
+        + ["--data.source=scenes:train:8", "--data.val=scenes:val:2", "--trainer.accelerator=cpu"]
+        + ["--trainer.precision=32-true", "--trainer.accumulate_grad_batches=2", "--trainer.max_steps=1"]
+        + ["--trainer.val_check_interval=2", "--trainer.enable_progress_bar=false"]
+    )
+    trained = load(tmp_path / "run").state_dict()
+    start, *batches = seen
+    assert [(len(batch["images"]), update, index) for batch, update, index in batches] == [(3, 0, 0), (3, 0, 1)]
+    recipe = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]
+    config = DVAEConfig(**recipe["config"])
+    module = LitDVAE(config, Optimiser(Schedule(1.0)), Schedule(**recipe["temperature"]), Schedule(0.0))
+    module.model.load_state_dict(start)
+    sum(step(module, *batch)[0] for batch in batches).div(2).backward()
+    parameters = list(module.model.parameters())
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim == 4]},
+            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4,
+    )  # fmt: skip
+    adamw.step()
+    for name, expected in module.model.state_dict().items():
+        assert not torch.equal(trained[name], start[name]), name
+        torch.testing.assert_close(trained[name], expected, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 1e4])
+def test_the_relaxed_gap_is_what_hard_codes_lose(sharpness):
+    """Over a validation of two batches; nothing, where the temperature is 1/16 and the encoder is certain."""
+    sizes = {"image_size": 32, "vocab_size": 8, "hidden": 8, "groups": 3, "blocks": 1, "code_width": 4}
+    config = DVAEConfig(**sizes, likelihood="l2", spread=1.0)
+    module = LitDVAE(config, Optimiser(Schedule(1.0)), Schedule(1 / 16), Schedule(0.0))
+    module._trainer = SimpleNamespace(global_step=7, state=SimpleNamespace(fn="validate"))
+    model, gap = module.model.requires_grad_(False), 0.0
+    model.encoder.output.weight *= 5 * sharpness
+    model.decoder.input.weight *= 5
+    module.on_validation_epoch_start()
+    for number, count in enumerate((3, 2)):
+        images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+        module.validation_step({"images": images}, number)
+        images = images / 255
+        relaxed, *_ = model(images, 1 / 16, seeds.generator("validation", number))
+        hard = model.paint(F.one_hot(model.encode(images), 8).movedim(-1, 1).float())
+        gap += sum((model.likelihood.nll(raw, images)).sum().item() * sign for raw, sign in ((hard, 1), (relaxed, -1)))
+    expected = gap / (5 * 3 * 32 * 32)
+    assert module.validation_metrics()["val/relaxed_gap"] == pytest.approx(expected, abs=1e-5)
+    assert abs(expected) > 1e-3 if sharpness == 1 else abs(expected) < 1e-5
+
+
+# -------------------------------------------------------------------------------------------------------------- codes
+
+
+@pytest.mark.parametrize("low", [Schedule(0.0), Schedule(1.0, 0.0, 10), Schedule(-1.0, 1.0, 10)])
+def test_a_temperature_that_reaches_zero_is_refused_before_it_does(low):
+    with pytest.raises(UserError, match="^temperature goes from"):
+        LitDVAE(DVAEConfig(image_size=32, vocab_size=4, hidden=8), Optimiser(Schedule(1e-3)), low, Schedule(0.0))
 
 
 def test_untied_codes_are_not_revived():
