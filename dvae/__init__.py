@@ -6,7 +6,7 @@ Names are imported when they are first used, so that `import dvae` opens one roo
 
 import importlib
 
-_ROOMS = {"DVAE": "model", "DVAEConfig": "model", "load": "model"}
+_ROOMS = {"DVAE": "model", "DVAEConfig": "model", "load": "tokenizer"}
 __all__ = sorted(_ROOMS)
 
 

@@ -14,12 +14,15 @@ dvae: the discrete VAE, stage 1 of DALL-E
   dvae reconstruct RUN IMAGES --out DIR                      pictures beside their reconstructions
   dvae codebook RUN DATA --out DIR                           usage, and what each code paints and stands for
   dvae evaluate RUN DATA --out DIR                           PSNR, SSIM, error per channel, the worst pictures
+  dvae import openai ENCODER DECODER --out RUN               a run of the dVAE that OpenAI released, from its two files
+  dvae import vqgan CHECKPOINT --out RUN                     a run of a VQGAN of taming-transformers, VQ or Gumbel
 
 `dvae COMMAND --help` says more; --debug anywhere shows where an error arose.
 exit codes: 0 done, 2 usage or config, 3 data, 4 artefact, 5 environment, 6 numerics, 130 and 143 stopped
 """
 
 COMMANDS = {name: f"dvae.inspect:{name}" for name in ("reconstruct", "codebook", "evaluate")}
+COMMANDS |= {f"import {release}": f"dvae.importers:{release}" for release in ("openai", "vqgan")}
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """What the codes of a tokenizer do: how often and where each is used, what it paints, what could stand in its place.
 
-Works on any tokenizer with the face of `dvae.model.DVAE`; draws nothing, opens no files. What is said of pictures is
+Works on any `dvae.tokenizer.ImageTokenizer`; draws nothing, opens no files. What is said of pictures is
 gathered over batches, so memory does not grow with their number.
 
 B batch, K codes, d width of the codebook, h w grid, H W picture, p q pixels of a cell.
@@ -90,12 +90,20 @@ def patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 @torch.inference_mode()
-def painted_alone(tokenizer: torch.nn.Module, batch: int = 256) -> Tensor:
-    """What each code paints when every cell of the grid holds it: the central cell, `(K, 3, p, q)` in [0, 1]."""
-    h, w = tokenizer.grid
+def painted_alone(tokenizer: torch.nn.Module, codes: Tensor | None = None, batch: int = 256) -> Tensor:
+    """What codes paint when every cell of the grid holds them: the central cell, `(C, 3, p, q)` in [0, 1].
+
+    Args:
+        codes: int64 `(C,)`; null: all K.
+        batch: codes painted at a time.
+
+    Of large grids the middle 8 x 8 cells are painted: the cell's surroundings, at a sixteenth of the work of 32 x 32.
+    """
+    h, w = (min(side, 8) for side in tokenizer.grid)
+    codes = torch.arange(tokenizer.vocab_size) if codes is None else codes
     cells, batch = [], max(1, min(batch, 2**24 // (tokenizer.vocab_size * h * w)))  # one-hot codes are what is large
-    for codes in torch.arange(tokenizer.vocab_size).split(batch):
-        pictures = tokenizer.decode(codes[:, None, None].expand(-1, h, w))
+    for some in codes.split(batch):
+        pictures = tokenizer.decode(some[:, None, None].expand(-1, h, w))
         cells.append(patches(pictures, (h, w)).unflatten(0, (-1, h, w))[:, h // 2, w // 2])
     return torch.cat(cells)
 

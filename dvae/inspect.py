@@ -71,11 +71,11 @@ def codebook(run: str, data: str, out: str = "out", count: PositiveInt | None = 
     rows = _rows(source, count)
     seen = codes.observe(model, batches(model, source, rows, "reading pictures"))
     counts, usage, by_cell = seen.usage.counts, seen.usage, codes.perplexity(seen.counts)
-    alone, folder = codes.painted_alone(model, batch=most(model)), Path(out)
     contexts = batches(model, source, [rows[k] for k in codes.spread(len(rows), CONTEXTS)], "reading contexts")
     with torch.inference_mode():
         tokens = torch.cat([model.encode(images) for images in contexts])
     examples = list(_examples(model, tokens))
+    alone, folder = _alone(model, counts, examples), Path(out)
     drawn = {
         "usage.png": usage_picture(counts),
         "cells.png": cell_map(by_cell, "How varied is each cell?", "perplexity of its codes"),
@@ -244,6 +244,15 @@ def _examples(model: ImageTokenizer, tokens: Tensor) -> Iterator[dict[str, Any]]
             "by_swap": others[order].tolist(),
             "swap_effect": effect[order].tolist(),
         }
+
+
+def _alone(model: ImageTokenizer, counts: Tensor, examples: list[dict[str, Any]]) -> Tensor:
+    """`(K, 3, p, q)`: what codes in use and the neighbours of some paint alone; 0 elsewhere."""
+    near = {code for example in examples for code in example["in_code_space"] + example["by_swap"]}
+    shown = torch.tensor(sorted(near | set(drawings.most_used(counts, len(counts)).tolist())))
+    parts = tqdm(shown.split(16), desc="painting codes", unit="16", leave=False, disable=None)
+    painted = torch.cat([codes.painted_alone(model, some) for some in parts])
+    return painted.new_zeros(len(counts), *painted.shape[1:]).index_copy_(0, shown, painted)
 
 
 def _from_all_sides(seen: codes.Observed, alone: Tensor, examples: list[dict[str, Any]]) -> Tensor:

@@ -11,8 +11,10 @@ from torch import Tensor
 from dvae import artefact
 from dvae.errors import ArtefactError, UserError
 from dvae.model import DVAE, DVAEConfig
+from dvae.vqgan import VQGAN, VQGANConfig
 
 KIND = DVAE.kind
+ARCHITECTURES = {"dvae": ("dVAE", DVAE, DVAEConfig), VQGAN.architecture: ("VQGAN", VQGAN, VQGANConfig)}
 
 
 class ImageTokenizer(Protocol):
@@ -45,12 +47,20 @@ def load(run: str | Path) -> ImageTokenizer:
         ArtefactError: it is missing, damaged, or not an image tokenizer.
     """
     found = artefact.load(artefact.find(run, KIND), KIND)
+    config = dict(found.config)
+    architecture = config.pop("architecture", "dvae")
+    if architecture not in list(ARCHITECTURES):  # JSON may bring what has no hash
+        raise ArtefactError(
+            f"{run} holds an image tokenizer of the architecture {architecture!r}, which this version does not know",
+            "use the version of this project that wrote it",
+        )
+    name, model_class, config_class = ARCHITECTURES[architecture]
     try:
-        model = DVAE(DVAEConfig(**found.config))
+        model = model_class(config_class(**config))
         model.load_state_dict(found.tensors)
     except (TypeError, RuntimeError, UserError) as error:
         raise ArtefactError(
-            f"{run} does not hold a dVAE of this version: {str(error).splitlines()[0]}",
-            "train it again, or use the version of this project that wrote it",
+            f"{run} does not hold a {name} of this version: {str(error).splitlines()[0]}",
+            "train or import it again, or use the version of this project that wrote it",
         ) from error
     return model.eval().requires_grad_(False)

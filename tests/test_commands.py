@@ -55,7 +55,7 @@ def test_no_command_shows_the_help_and_is_a_mistake(name, capsys):
 @pytest.mark.parametrize("name, command", [(name, c) for name, (_, commands) in PROGRAMS.items() for c in commands])
 def test_help_of_a_command_lists_every_setting(name, command, capsys):
     program, commands = PROGRAMS[name]
-    assert run(program, [command, "--help"]) == 0
+    assert run(program, [*command.split(), "--help"]) == 0
     out = capsys.readouterr().out
     called = function(commands[command])
     for parameter in called.__annotations__:
@@ -74,6 +74,12 @@ def test_help_of_the_trainings(name, capsys):
 def test_an_unknown_command(name, capsys):
     what, hint = refused(capsys, PROGRAMS[name][0], ["nonsense"], 2)
     assert "nonsense" in what and f"{name} --help" in hint
+
+
+@pytest.mark.parametrize("args", [["import"], ["import", "clip"], ["import", "--help"]], ids=" ".join)
+def test_an_import_of_nothing_that_is_known(args, capsys):
+    what, hint = refused(capsys, dvae, args, 2)
+    assert what == "error: dvae import must be followed by what: openai, vqgan" and hint == "hint: see dvae --help"
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,16 @@ def test_painted_alone_is_the_central_cell_of_a_picture_of_one_code(model):
     for code in range(16):
         picture = model.decode(torch.full((1, 4, 4), code))[0]
         assert torch.allclose(cells[code], picture[:, 16:24, 16:24], atol=1e-6)
+    assert torch.allclose(painted_alone(model, torch.tensor([9, 3])), cells[[9, 3]], atol=1e-6)
+
+
+def test_painted_alone_on_a_large_grid_is_what_stands_in_the_middle_of_it():
+    model = DVAE(DVAEConfig(image_size=18, vocab_size=5, hidden=8, groups=1, blocks=1, code_width=4, patch=1, kernel=3))
+    assert model.grid == (18, 18)
+    with torch.inference_mode():
+        for code, cell in enumerate(painted_alone(model.eval())):
+            picture = model.decode(torch.full((1, 18, 18), code))[0]
+            assert torch.allclose(cell, picture[:, 9:10, 9:10], atol=1e-6)  # no edge is in sight of either
 
 
 @pytest.mark.parametrize("sizes", [[5], [2, 2, 1]])
