@@ -13,6 +13,7 @@ dalle: text to images, stage 2 of DALL-E
   dalle vocab DATA --size 4096 --out text.json          learn a vocabulary from captions
   dalle prepare DATA --dvae RUN --text text.json --out TOKENS
                                                         pictures and captions -> token files, once
+  dalle describe CONFIG [--model.depth 8]               parameters, memory and FLOPs of a training, before it begins
   dalle fit --config CONFIG --data.tokens TOKENS [--run RUN] [--ckpt_path last]
                                                         train; --help lists every setting
   dalle validate --config CONFIG --ckpt_path best       losses on the validation pairs
@@ -32,6 +33,7 @@ COMMANDS = {
     "check": "dalle.check:check",
     "vocab": "dalle.prepare:vocab",
     "prepare": "dalle.prepare:prepare",
+    "describe": "dalle.describe:describe",
     "sample": "dalle.samples:sample",
     "compare": "dalle.compare:compare",
     "diagnose": "dalle.diagnose:diagnose",

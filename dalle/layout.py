@@ -1,32 +1,53 @@
-"""Where everything stands in the sequence: the only home of positions.
+"""Where everything stands in the sequence, and who reads whom: the only home of positions and attention patterns.
 
-    state      0    1   ...  T       T+1   T+2  ...  T+N
+    state      0    1   ...  T       T+1   T+2  ...  T+N        text first
     holds      SOT  t0  ...  t(T-1)  SOI   i0   ...  i(N-2)
     predicts   t0   t1  ...  -       i0    i1   ...  i(N-1)
 
-The text part always enters whole, pads included; the last image token is never an input, for nothing comes after it.
-The paper's 1,280 states count start-of-text as one of the 256 text states; here it is one more, so that all T text ids
-are seen by the image. State T has nothing left to predict: the two parts have separate vocabularies.
-This file does not know what a token is, nor what attention does with it.
+    state      0    1   ...  N       N+1   N+2  ...  N+T        image first
+    holds      SOI  i0  ...  i(N-1)  SOT   t0   ...  t(T-2)
+    predicts   i0   i1  ...  -       t0    t1   ...  t(T-1)
+
+The first part always enters whole, pads included; the last token of the second is never an input, for nothing comes
+after it. The paper's 1,280 states count start-of-text as one of the 256 text states; here it is one more, so that all T
+text ids are seen by the image. The last state of the first part has nothing left to predict: the two parts have
+separate vocabularies. This file does not know what a token is, nor what attention does with it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+KINDS = ("full", "row", "column", "conv")
+
+_CONV = 11  # rows and columns of the convolutional pattern's square
+
+
+def schedule(depth: int) -> tuple[str, ...]:
+    """The paper's kinds of attention, block by block (appendix B.1): conv in the last of `depth` blocks, column in the
+    second and every fourth after it, row in the others; 1, 16 and 47 of 64."""
+    return (*("column" if block % 4 == 2 else "row" for block in range(1, depth)), "conv")
+
 
 @dataclass(frozen=True)
 class Layout:
-    """The text-first sequence of `text_length` text ids (T) and a `grid` (h, w) of image tokens (N = h w), row by row.
+    """The sequence of `text_length` text ids (T) and a `grid` (h, w) of image tokens (N = h w), row by row.
 
     Each text state, SOT and pads included, has its own learned position. An image state carries the row and the column
     of the cell that it *predicts*, so SOI has (0, 0). The paper's figure 10 allows this reading or that of the token
     held; this one needs no position for a start token and tells the state what it is about to draw.
+
+    Text reads all before it, and whichever part comes second reads all of the first. What an image state reads of the
+    image part is one of four `KINDS`, each a set of `offsets`: differences of flat raster indices, so that a window
+    that leaves the grid at one side goes on at the other, a row away (the paper's figure 11). SOI is an ordinary
+    state here, the one of flat index 0: a window holds it, or does not, like any other.
     """
 
     text_length: int
     grid: tuple[int, int]
+    image_first: bool = False
 
     @property
     def cells(self) -> int:
@@ -40,29 +61,55 @@ class Layout:
 
     @property
     def text(self) -> slice:
-        """States of the text part; all but the last predict a text id."""
-        return slice(0, self.text_length + 1)
+        """States of the text part, in order; the k-th predicts text id k. Text first: T + 1, the last predicts none."""
+        return slice(self.cells + 1, self.states) if self.image_first else slice(0, self.text_length + 1)
 
     @property
     def image(self) -> slice:
-        """States of the image part; the j-th predicts cell j."""
-        return slice(self.text_length + 1, self.states)
+        """States of the image part; the j-th predicts cell j. Image first: N + 1, the last of them predicts none."""
+        return slice(0, self.cells + 1) if self.image_first else slice(self.text_length + 1, self.states)
+
+    @property
+    def _image_states(self) -> int:
+        return self.cells + self.image_first  # the last token of the first part is an input too
 
     def rows(self) -> Tensor:
-        """int64 (N,): the row of the cell that each image state predicts."""
-        return torch.arange(self.cells) // self.grid[1]
+        """int64, one for each image state: the row of the cell that it predicts.
+
+        The last state of an image part that comes first predicts none; it stands below the grid: row h, column 0.
+        """
+        return torch.arange(self._image_states) // self.grid[1]
 
     def columns(self) -> Tensor:
-        """int64 (N,): the column of the cell that each image state predicts."""
-        return torch.arange(self.cells) % self.grid[1]
+        """int64, one for each image state: the column of the cell that it predicts; see `rows`."""
+        return torch.arange(self._image_states) % self.grid[1]
 
-    def keys(self, state: int) -> Tensor:
-        """int64 indices, ascending, of the states that `state` reads: itself and all before it."""
-        return torch.arange(state + 1)
+    def offsets(self, kind: str) -> Sequence[int]:
+        """How many states back in the image part an image state reads, where there are so many; ascending, 0 is itself.
 
-    def mask(self) -> Tensor:
+        With rows of w cells: `full` everything; `row` 0 .. w, back to the same column of the row above; `column` the
+        multiples of w; `conv` w r + c for r in 0 .. 5 and c in -5 .. 5 that are not negative, 61 for w >= 11. On
+        narrower grids conv has fewer, as these numbers then meet.
+        """
+        width, states, half = self.grid[1], self._image_states, _CONV // 2
+        if kind == "conv":
+            square = {width * row + column for row in range(half + 1) for column in range(-half, half + 1)}
+            return sorted(offset for offset in square if 0 <= offset < states)
+        return {"full": range(states), "row": range(min(width + 1, states)), "column": range(0, states, width)}[kind]
+
+    def keys(self, state: int, kind: str = "full") -> Tensor:
+        """int64 indices, ascending, of the states that `state` reads in a layer of this kind, itself among them."""
+        if not self.image.start <= state < self.image.stop:
+            return torch.arange(state + 1)
+        index = state - self.image.start
+        own = [state - offset for offset in reversed(self.offsets(kind)) if offset <= index]
+        return torch.cat([torch.arange(self.image.start), torch.tensor(own)])
+
+    def mask(self, kind: str = "full") -> Tensor:
         """bool (states, states): True where the row's state reads the column's; `keys` as one dense table."""
-        mask = torch.zeros(self.states, self.states, dtype=torch.bool)
-        for state in range(self.states):
-            mask[state, self.keys(state)] = True
+        index = torch.arange(self._image_states)
+        reach = torch.zeros(self._image_states, dtype=torch.bool)
+        reach[torch.tensor(self.offsets(kind))] = True
+        mask = torch.ones(self.states, self.states, dtype=torch.bool).tril()
+        mask[self.image, self.image] &= reach[(index[:, None] - index).abs()]
         return mask

@@ -10,6 +10,7 @@ Shapes: B pictures, T text ids, h w grid, N = h w cells, K image codes, D depth,
 """
 
 import contextlib
+import functools
 import math
 from typing import NamedTuple
 
@@ -60,8 +61,8 @@ class Attended(NamedTuple):
     Attributes:
         text: (B, D, H, N, T), to the text ids. Pads are ids like any other and are read like any other: heads with
             nothing to look for often rest there, so take their share apart, as `by_piece` does.
-        cells: (B, D, H, N, N), to the cells before, zero from the diagonal on.
-        starts: (B, D, H, N, 2), to start-of-text and start-of-image.
+        cells: (B, D, H, N, N), to the cells before; zero from the diagonal on and where the block's pattern has a gap.
+        starts: (B, D, H, N, 2), to start-of-text and start-of-image; the latter is in a pattern or not, like a cell.
     """
 
     text: Tensor
@@ -98,23 +99,24 @@ def attention(model: DALLE, text_ids: Tensor, tokens: Tensor) -> Attended:
     """The attention of B pictures (B, h, w) under texts (B, T): B D H N S numbers, so give as many as memory holds."""
     layout, found = model.layout, []  # a map for each block
 
-    def record(module: Attention, inputs: tuple) -> None:
-        found.append(_weights(module, inputs[0], layout))
+    def record(kind: str, module: Attention, inputs: tuple) -> None:
+        found.append(_weights(module, inputs[0], layout, kind))
 
     with contextlib.ExitStack() as hooks:
         for block in model.blocks:
-            hooks.enter_context(block.attention.register_forward_pre_hook(record))
+            look = functools.partial(record, block.kind)
+            hooks.enter_context(block.attention.register_forward_pre_hook(look))
         model(text_ids, tokens)
     weights = torch.stack(found, 1)  # (B, D, H, N, S)
     sot, text, soi, before = weights.split([1, model.config.text_length, 1, layout.cells - 1], -1)
     return Attended(text, F.pad(before, (0, 1)), torch.cat([sot, soi], -1))  # the last cell is never an input
 
 
-def _weights(attention: Attention, x: Tensor, layout: Layout) -> Tensor:
+def _weights(attention: Attention, x: Tensor, layout: Layout, kind: str) -> Tensor:
     """(B, H, N, S), where image states look among normed states x (B, S, E): what the fused kernel does not tell."""
     q, k, _ = attention.qkv(x).unflatten(-1, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, S, E / H)
     scores = q[:, :, layout.image] @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    return scores.masked_fill(~layout.mask()[layout.image].to(x.device), -math.inf).softmax(-1)
+    return scores.masked_fill(~layout.mask(kind)[layout.image].to(x.device), -math.inf).softmax(-1)
 
 
 def by_piece(text: Text, ids: Tensor, weights: Tensor) -> tuple[list[str], Tensor]:

@@ -1,30 +1,33 @@
 """The transformer of DALL-E: one stream of text ids and image tokens, each predicted from all before it (section 2.2).
 
-Decoder-only, pre-norm, full causal attention. Text and image have separate embeddings and separate heads, so there are
-no offsets and no masked logits. Pads are ids of the text vocabulary, one for each position, and are text targets too:
-they are attended to and learned, never masked. The model keeps no state between calls, prints nothing and knows neither
-words nor pixels; dtype and device are those of its parameters.
+Decoder-only, pre-norm; each block attends to all that came before, or by one of the patterns of `dalle.layout`. Text
+and image have separate embeddings and separate heads, so there are no offsets and no masked logits. Pads are ids of the
+text vocabulary, one for each position: they are attended to and learned, never masked, and are text targets unless the
+loss is told otherwise. The model keeps no state between calls, prints nothing and knows neither words nor pixels; dtype
+and device are those of its parameters.
 
 Shapes: B batch, T text ids, N = h w image tokens, S states, V text vocabulary with pads, K image vocabulary,
 E width, H heads, D = E / H.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from dalle.layout import Layout
+from dalle.layout import KINDS, Layout, schedule
+from dalle.scaling import scaled
 from dvae.errors import UserError
 
 
 @dataclass(frozen=True)
 class DALLEConfig:
-    """Sizes of the transformer. The paper's: 16384, 256, 8192, (32, 32), 64, 3968, 62 (12 billion parameters).
+    """What the transformer is built from. The paper's 12 billion: 16384, 256, 8192, (32, 32), 64, 3968, 62, 4, "paper".
 
     Args:
         vocab_text: BPE ids, pads not counted.
@@ -35,6 +38,8 @@ class DALLEConfig:
         width: size of a state; a multiple of `heads`.
         heads: attention heads.
         mlp_ratio: width of the MLP's hidden layer over `width`.
+        patterns: what image states read of the image: "full" for all before them, "paper" for the paper's mixture
+            (`dalle.layout.schedule`), or a kind for each block: full, row, column or conv (`dalle.layout.Layout`).
     """
 
     vocab_text: int
@@ -45,6 +50,7 @@ class DALLEConfig:
     width: int
     heads: int
     mlp_ratio: int = 4
+    patterns: str | tuple[str, ...] = "full"
 
     def __post_init__(self):
         object.__setattr__(self, "grid", tuple(self.grid))  # JSON and YAML bring lists
@@ -60,6 +66,28 @@ class DALLEConfig:
                 f"width {self.width} cannot be shared by {self.heads} heads",
                 f"choose a multiple of heads, such as {math.ceil(self.width / self.heads) * self.heads}",
             )
+        self._check_patterns()
+
+    def _check_patterns(self) -> None:
+        if isinstance(self.patterns, list):
+            object.__setattr__(self, "patterns", tuple(self.patterns))
+        each = isinstance(self.patterns, tuple)
+        for kind in self.patterns if each else [self.patterns]:
+            if kind not in (KINDS if each else ("full", "paper")):
+                hint = f'give "full", "paper", or a list of one of {", ".join(KINDS)} for each block'
+                raise UserError(f"patterns names {kind!r}", hint)
+        if each and len(self.patterns) != self.depth:
+            raise UserError(
+                f"patterns has {len(self.patterns)} kinds and depth is {self.depth}",
+                f'give {self.depth} kinds, one for each block, or "full" or "paper", or change depth',
+            )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of attention of each block."""
+        if isinstance(self.patterns, tuple):
+            return self.patterns
+        return schedule(self.depth) if self.patterns == "paper" else ("full",) * self.depth
 
 
 class Logits(NamedTuple):
@@ -126,14 +154,17 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, layer: int = 0, cache: KVCache | None = None, mask: Tensor | None = None
+        self, x: Tensor, layer: int = 0, cache: KVCache | None = None, reads: Tensor | None = None
     ) -> Tensor:  # (B, n, E) -> (B, n, E)
-        """Attend from the n states x, which come after those in `cache`. Without `mask`: causal if nothing was read
-        before, and a single state reads everything."""
+        """Attend from the n states x, which come after those in `cache`, to the states that `reads` says: a mask, bool
+        (n, states), or for a single state their indices, int64. Without it: causal if nothing was read before, and a
+        single state reads everything."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, n, D)
         if cache is not None:
             k, v = cache.put(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)
+        if reads is not None and reads.dtype == torch.int64:
+            k, v, reads = k.index_select(2, reads), v.index_select(2, reads), None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=reads, is_causal=reads is None and q.shape[2] > 1)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -151,18 +182,26 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); of one kind of attention, `scales` those of the two gradients."""
 
-    def __init__(self, config: DALLEConfig):
+    def __init__(self, config: DALLEConfig, kind: str):
         super().__init__()
+        self.kind = kind
         self.attention_norm = nn.LayerNorm(config.width)
         self.attention = Attention(config.width, config.heads)
         self.mlp_norm = nn.LayerNorm(config.width)
         self.mlp = MLP(config.width, config.mlp_ratio * config.width)
 
-    def forward(self, x: Tensor, layer: int, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), layer, cache, mask)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        cache: KVCache | None = None,
+        reads: Tensor | None = None,
+        scales: Sequence[float | None] = (None, None),
+    ) -> Tensor:
+        x = x + scaled(lambda x: self.attention(self.attention_norm(x), layer, cache, reads), x, scales[0])
+        return x + scaled(lambda x: self.mlp(self.mlp_norm(x)), x, scales[1])
 
 
 class DALLE(nn.Module):
@@ -170,11 +209,15 @@ class DALLE(nn.Module):
 
     `forward` and the cached trio `prefill`, `step`, `score` give the same logits up to rounding. The trio is for
     inference and records no gradient.
+
+    Args:
+        checkpointing: keep only what enters each block for the backward pass and compute the rest again there: the same
+            numbers for less memory and a third more work. Says nothing about the weights.
     """
 
-    def __init__(self, config: DALLEConfig):
+    def __init__(self, config: DALLEConfig, checkpointing: bool = False):
         super().__init__()
-        self.config = config
+        self.config, self.checkpointing = config, checkpointing
         self.layout = Layout(config.text_length, config.grid)
         (height, width), vocab_text = config.grid, config.vocab_text + config.text_length
         self.start = nn.Parameter(torch.empty(2, config.width))  # start of text, start of image
@@ -183,10 +226,13 @@ class DALLE(nn.Module):
         self.text_position = nn.Embedding(config.text_length + 1, config.width)
         self.row_position = nn.Embedding(height, config.width)
         self.column_position = nn.Embedding(width, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, kind) for kind in config.kinds)
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.text_head = nn.Linear(config.width, vocab_text, bias=False)
         self.image_head = nn.Linear(config.width, config.vocab_image, bias=False)
+        self._patterns = sorted(set(config.kinds) - {"full"})  # that have to be told what to read
+        for kind in self._patterns:
+            self.register_buffer(f"{kind}_mask", self.layout.mask(kind), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -229,16 +275,30 @@ class DALLE(nn.Module):
         for weight in (self.image_embedding.weight, self.image_head.weight):  # (K, E)
             weight.copy_(math.sqrt(1 - share) * weight + math.sqrt(share) * weight.std() * look.to(weight))
 
-    def forward(self, text_ids: Tensor, image_tokens: Tensor) -> Logits:
+    def branches(self) -> list[list[nn.Parameter]]:
+        """The parameters of each attention and each MLP, with those of the norm before it: 2 depth of them."""
+        pairs = [pair for b in self.blocks for pair in ((b.attention_norm, b.attention), (b.mlp_norm, b.mlp))]
+        return [[*norm.parameters(), *layer.parameters()] for norm, layer in pairs]
+
+    def forward(self, text_ids: Tensor, image_tokens: Tensor, scales: Sequence[float] | None = None) -> Logits:
         """Predict every token of B sequences from the true ones before it.
 
         Args:
             text_ids: int64 (B, T), pads placed.
             image_tokens: int64 (B, h, w).
+            scales: how many times as large gradients are inside each of `branches`, those of its parameters too
+                (`dalle.scaling`); none are without.
         """
         x = torch.cat([self._embed_text(text_ids), self._embed_image(image_tokens)], dim=1)  # (B, S, E)
+        masks = {kind: self.get_buffer(f"{kind}_mask") for kind in self._patterns}
         for layer, block in enumerate(self.blocks):
-            x = block(x, layer)
+            own = (None, None) if scales is None else scales[2 * layer : 2 * layer + 2]
+            inputs = x, layer, None, masks.get(block.kind), own
+            if self.checkpointing and torch.is_grad_enabled():
+                # a block draws no random numbers, so there is no state of theirs to keep
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*inputs)
         text, image = x[:, self.layout.text], x[:, self.layout.image]
         return Logits(self._logits(text[:, :-1], self.text_head), self._logits(image, self.image_head))
 
@@ -250,7 +310,7 @@ class DALLE(nn.Module):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         cache = KVCache(x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype))
-        self._read(x, cache)
+        self._read(x, cache, {})
         return cache
 
     @torch.no_grad()
@@ -264,7 +324,8 @@ class DALLE(nn.Module):
         row, column = divmod(cell, self.config.grid[1])
         held = self.start[1].expand(cache.keys.shape[1], -1) if tokens is None else self.image_embedding(tokens)
         x = held + (self.row_position.weight[row] + self.column_position.weight[column])
-        return self._logits(self._read(x[:, None], cache), self.image_head)[:, 0]
+        keys = {kind: self.layout.keys(cache.length, kind).to(x.device) for kind in self._patterns}
+        return self._logits(self._read(x[:, None], cache, keys), self.image_head)[:, 0]
 
     @torch.no_grad()
     def score(self, image_tokens: Tensor, cache: KVCache) -> Tensor:
@@ -275,8 +336,9 @@ class DALLE(nn.Module):
         length = cache.length
         assert length == self.layout.image.start
         x = self._embed_image(image_tokens)
-        mask = self.layout.mask()[self.layout.image].to(x.device)  # (N, S)
-        logits = self._logits(self._read(x, cache, mask), self.image_head)
+        rows = self.layout.image
+        masks = {kind: self.layout.mask(kind)[rows].to(x.device) for kind in set(self.config.kinds)}  # (N, S)
+        logits = self._logits(self._read(x, cache, masks), self.image_head)
         cache.truncate(length)
         return logits
 
@@ -291,9 +353,9 @@ class DALLE(nn.Module):
         grid = self.row_position.weight[:, None] + self.column_position.weight  # (h, w, E)
         return torch.cat([start, self.image_embedding(tokens[:, :-1])], dim=1) + grid.flatten(0, 1)
 
-    def _read(self, x: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:  # (B, n, E) -> (B, n, E)
+    def _read(self, x: Tensor, cache: KVCache, reads: Mapping[str, Tensor]) -> Tensor:  # (B, n, E) -> (B, n, E)
         for layer, block in enumerate(self.blocks):
-            x = block(x, layer, cache, mask)
+            x = block(x, layer, cache, reads.get(block.kind))
         cache.length += x.shape[1]
         return x
 
@@ -304,13 +366,22 @@ class DALLE(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def losses(logits: Logits, text_ids: Tensor, image_tokens: Tensor, keep_text: Tensor) -> Losses:
+def losses(
+    logits: Logits, text_ids: Tensor, image_tokens: Tensor, keep_text: Tensor, pad_targets: bool = True
+) -> Losses:
     """Cross-entropies of text_ids (B, T) and image_tokens (B, h, w); the paper weighs them 1/8 and 7/8 (section 2.2).
 
     Args:
         keep_text: bool (B,), False where the caption was dropped for guidance: predicting pads teaches nothing there.
             The text mean is over the rows kept, and 0 if there is none.
+        pad_targets: whether pads, the last T of the V ids, are predicted like words (the paper does not say). Without
+            them the text mean is over the words of the rows kept, and 0 if there are none.
     """
-    text = F.cross_entropy(logits.text.transpose(1, 2), text_ids, reduction="none").mean(1)  # (B,)
+    text = F.cross_entropy(logits.text.transpose(1, 2), text_ids, reduction="none")  # (B, T)
+    if pad_targets:
+        text, counted = text.mean(1), keep_text
+    else:
+        words = text_ids < logits.text.shape[2] - logits.text.shape[1]
+        counted = words & keep_text[:, None]
     image = F.cross_entropy(logits.image.flatten(0, 1), image_tokens.flatten())
-    return Losses((text * keep_text).sum() / keep_text.sum().clamp(min=1), image)
+    return Losses((text * counted).sum() / counted.sum().clamp(min=1), image)

@@ -201,7 +201,8 @@ class Prepared:
 
     Raises:
         DataError: it is missing or unfinished.
-        ArtefactError: its tokenizer or vocabulary is not the one that the tokens were made with.
+        ArtefactError: its tokenizer or vocabulary is not the one that the tokens were made with, or one of these has
+            other sizes than the folder says.
     """
 
     def __init__(self, folder: str | Path):
@@ -238,5 +239,23 @@ class Prepared:
             if files.sha256_file(self.folder / part / "tokens.json") != expected:
                 raise ArtefactError(
                     f"the tokens in {self.folder / part} belong to another call of dalle prepare",
+                    "make the tokens again with dalle prepare",
+                )
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        with torch.random.fork_rng(devices=[]):  # a tokenizer that is built draws numbers; those of a training stay
+            tokenizer = load(self.dvae)
+        places = [
+            ("text.json", "vocab_text", self.text.vocab_size),
+            ("text.json", "text_length", self.text.text_length),
+        ]
+        for place, held in (("dvae", tokenizer), ("train", self.train), ("val", self.val)):
+            places += [(place, "vocab_image", held.vocab_size), (place, "grid", held.grid)]
+        for place, name, found in places:
+            said = getattr(self.sizes, name)
+            if found != said:
+                raise ArtefactError(
+                    f"{name} is {said} in {self.folder / MANIFEST}, {found} in {self.folder / place}",
                     "make the tokens again with dalle prepare",
                 )

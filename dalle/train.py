@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dalle import pipeline
 from dalle.model import DALLE, DALLEConfig, losses
 from dalle.prepare import Prepared
 from dalle.sampling import Sampled
+from dalle.scaling import BlockScales
 from dalle.text import Text
 from dalle.tokens import Sizes, TokenFiles
 from dvae import artefact, lit, seeds
@@ -98,6 +100,24 @@ class TokenData(lit.Data):
         return [tokens.captions(int(row))[0] for row in rows]
 
 
+def check_sizes(found: Sizes, expected: Sizes | None) -> None:
+    """Refuse tokens of other sizes than a config was made for.
+
+    Raises:
+        UserError: naming every size that differs, with both values.
+    """
+    if expected is None or found == expected:
+        return
+    was, wanted = asdict(found), asdict(expected)
+    differing = [f"{name} {was[name]}, not {wanted[name]}" for name in was if was[name] != wanted[name]]
+    raise UserError(
+        f"the tokens have other sizes than model.expects: {'; '.join(differing)}",
+        f"prepare them again with dalle vocab --size {expected.vocab_text} --length {expected.text_length} and an "
+        f"image tokenizer of {expected.vocab_image} codes on a grid of {expected.grid[0]} x {expected.grid[1]}, or set "
+        "model.expects to null",
+    )
+
+
 class LitDALLE(lit.Lit):
     """Trains the transformer on text and image tokens (paper, 2.2).
 
@@ -108,6 +128,14 @@ class LitDALLE(lit.Lit):
         sizes: vocabularies, text length and grid; set by the token folder.
         optimiser: AdamW, its schedule, averaging.
         mlp_ratio: width of the MLP's hidden layer over `width`.
+        patterns: what each block attends to: full, paper, or a list of one kind for each block (full, row, column,
+            conv).
+        checkpointing: compute the inside of each block again on the way back instead of keeping it: less memory, more
+            time, the same numbers.
+        block_scaling: with precision 16-mixed, a gradient scale for each attention and each MLP in place of one for the
+            loss (the paper, 2.4).
+        pad_targets: whether pads are text targets, too.
+        expects: the sizes of the tokens that these settings were made for; others are refused. Null takes any.
         text_weight: of the mean text loss (the paper: 1/8).
         image_weight: of the mean image loss (the paper: 7/8).
         from_codes: share of the image embedding's and the image head's first values that comes from what the image
@@ -126,6 +154,11 @@ class LitDALLE(lit.Lit):
         sizes: dict[str, Any],
         optimiser: lit.Optimiser,
         mlp_ratio: int = 4,
+        patterns: str | list[str] = "full",
+        checkpointing: bool = False,
+        block_scaling: bool = False,
+        pad_targets: bool = True,
+        expects: Sizes | None = None,
         text_weight: float = 1 / 8,
         image_weight: float = 7 / 8,
         from_codes: float = 0.0,
@@ -136,12 +169,18 @@ class LitDALLE(lit.Lit):
     ):
         super().__init__(optimiser, checkpoint_every, seed)
         known = Sizes(**sizes)
-        config = DALLEConfig(**asdict(known), depth=depth, width=width, heads=heads, mlp_ratio=mlp_ratio)
+        check_sizes(known, expects)
+        config = DALLEConfig(
+            **asdict(known), depth=depth, width=width, heads=heads, mlp_ratio=mlp_ratio, patterns=patterns
+        )
         self.text_weight, self.image_weight, self.prompts = text_weight, image_weight, prompts
+        self.pad_targets = pad_targets
         if not 0 <= from_codes <= 1:
             raise UserError(f"from_codes is {from_codes}", "give a share from 0 to 1, such as 0.8")
         self.from_codes, self.init_from = from_codes, init_from
-        self.model = DALLE(config)
+        self.model = DALLE(config, checkpointing)
+        self.block_scaling = block_scaling
+        self.scales: BlockScales | None = None  # of a training that scales blocks
         self.lineage: dict[str, str] = {}
         if init_from is not None:
             start, self.started_from = pipeline.load_model(init_from)
@@ -157,6 +196,15 @@ class LitDALLE(lit.Lit):
         if self.from_codes and self.init_from is None:  # a checkpoint, if there is one, is read after this
             codes = load_dvae(self.trainer.datamodule.prepared.dvae).codes()
             self.model.start_from_codes(codes, self.from_codes, seeds.generator(self.seed, "codes"))
+        if self.block_scaling and stage == "fit":
+            if self.trainer.precision != "16-mixed":
+                raise UserError(
+                    f"model.block_scaling is true, and the training runs in precision {self.trainer.precision}",
+                    "set trainer.precision to 16-mixed, which needs a GPU, or model.block_scaling to false: only "
+                    "float16 has too few exponents",
+                )
+            self.trainer.precision_plugin.scaler = None  # Lightning's one scale of the loss
+            self.scales = BlockScales(2 * self.model.config.depth, self.trainer.accumulate_grad_batches)
 
     def on_fit_start(self) -> None:
         if self.init_from is None:
@@ -176,8 +224,8 @@ class LitDALLE(lit.Lit):
 
     def step(self, batch: dict[str, Any], update: int, batch_index: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         ids, tokens = batch["text_ids"], batch["image_tokens"]
-        logits = self.model(ids, tokens)
-        text, image = losses(logits, ids, tokens, batch["keep_text"])
+        logits = self.model(ids, tokens, None if self.scales is None else self.scales.values)
+        text, image = losses(logits, ids, tokens, batch["keep_text"], self.pad_targets)
         loss = self.text_weight * text + self.image_weight * image
         accuracy = (logits.image.detach().argmax(-1) == tokens.flatten(1)).float().mean()
         return loss, {
@@ -187,24 +235,41 @@ class LitDALLE(lit.Lit):
             "train/image_accuracy": accuracy,
         }
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        reduce = partial(self.trainer.strategy.reduce, reduce_op="max")
+        skip = self.scales is not None and self.scales.unscale(self.model.branches(), reduce)
+        super().on_before_optimizer_step(optimizer)
+        if skip:
+            optimizer.zero_grad()  # what has no gradient is not moved, nor are its moments
+        if self.scales is not None:
+            self.latest |= {
+                "train/block_scale_smallest": min(self.scales.values),
+                "train/block_scale_largest": max(self.scales.values),
+                "train/skipped_updates": self.scales.skipped / self.scales.updates,
+            }
+
     def on_validation_epoch_start(self) -> None:
-        self.seen = {"pairs": 0, "text": 0.0, "image": 0.0, "accuracy": 0.0}
+        self.seen = {"pairs": 0, "texts": 0, "text": 0.0, "image": 0.0, "accuracy": 0.0}
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         ids, tokens = batch["text_ids"], batch["image_tokens"]
         logits = self.model(ids, tokens)
-        text, image = losses(logits, ids, tokens, batch["keep_text"])
+        text, image = losses(logits, ids, tokens, batch["keep_text"], self.pad_targets)
         accuracy = (logits.image.argmax(-1) == tokens.flatten(1)).float().mean()
-        self.seen["pairs"] += len(ids)
-        for name, value in (("text", text), ("image", image), ("accuracy", accuracy)):
-            self.seen[name] += value.item() * len(ids)
+        # what the batch's text loss is a mean over: captions of equal length, or words
+        texts = len(ids) if self.pad_targets else int((ids < self.model.config.vocab_text).sum())
+        for name, count in (("pairs", len(ids)), ("texts", texts)):
+            self.seen[name] += count
+        for name, value, count in (("text", text, texts), ("image", image, len(ids)), ("accuracy", accuracy, len(ids))):
+            self.seen[name] += value.item() * count
 
     def test_step(self, batch: dict[str, Any], batch_index: int) -> None:
         self.validation_step(batch, batch_index)
 
     def validation_metrics(self) -> dict[str, float]:
         """Nats per token and the share of image tokens guessed right, over the whole validation set."""
-        text, image, accuracy = (self.seen[name] / self.seen["pairs"] for name in ("text", "image", "accuracy"))
+        text = self.seen["text"] / max(self.seen["texts"], 1)
+        image, accuracy = (self.seen[name] / self.seen["pairs"] for name in ("image", "accuracy"))
         return {
             "val/loss": self.text_weight * text + self.image_weight * image,
             "val/text_loss": text,
@@ -214,9 +279,13 @@ class LitDALLE(lit.Lit):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lineage"] = self.lineage
+        if self.scales is not None:
+            checkpoint["block_scales"] = self.scales.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.lineage = checkpoint.get("lineage", {})  # the other run may have been trained on since
+        if self.scales is not None:
+            self.scales.load_state_dict(checkpoint["block_scales"])
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         data: TokenData = self.trainer.datamodule

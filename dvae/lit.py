@@ -13,7 +13,6 @@ import contextlib
 import csv
 import hashlib
 import importlib.metadata
-import importlib.resources
 import io
 import itertools
 import json
@@ -24,7 +23,6 @@ import signal
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -43,11 +41,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from dvae import images, plots
-from dvae.commands import Plain
+from dvae.commands import Plain, find_config
 from dvae.data import Endless
 from dvae.errors import ArtefactError, DataError, EnvironmentProblem, NumericsError, Stopped, UserError, warn
 from dvae.files import replacing, sweep, write_json
-from dvae.schedules import Schedule
+from dvae.optim import Optimiser, StepSize
 
 # ---------------------------------------------------------------------------------------------------------- batches
 
@@ -152,32 +150,6 @@ class Data(LightningDataModule):
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-@dataclass(frozen=True)
-class Optimiser:
-    """AdamW, or Muon beside it, and what moves the step size.
-
-    Args:
-        learning_rate: step size as a schedule over updates.
-        weight_decay: multiplier of AdamW; biases, gains and other vectors are never decayed.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the root of the second moment.
-        muon: let torch's Muon move the matrices inside the transformer's blocks, with the same step size and decay;
-            AdamW moves the rest. Not in the paper.
-        clip: largest norm of the whole gradient; null does not clip.
-        ema: decay of the averaged weights that are validated and kept; null keeps the last weights instead.
-    """
-
-    learning_rate: Schedule
-    weight_decay: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    muon: bool = False
-    clip: float | None = None
-    ema: float | None = 0.999
-
-
 class Lit(LightningModule):
     """A thin wrapper of a plain model. A stage says `step` (loss and numbers of one batch) and `validation_metrics`."""
 
@@ -186,6 +158,7 @@ class Lit(LightningModule):
     def __init__(self, optimiser: Optimiser, checkpoint_every: int, seed: int):
         super().__init__()
         self.optimiser, self.checkpoint_every, self.seed = optimiser, checkpoint_every, seed
+        self.step_size = StepSize(optimiser.learning_rate, optimiser.plateau)
         self.latest: dict[str, Tensor | float] = {}
 
     def step(self, batch: Any, update: int, batch_index: int) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -212,68 +185,73 @@ class Lit(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.optimiser.learning_rate(self.trainer.global_step)
+            group["lr"] = self.step_size(self.trainer.global_step)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if not torch.isfinite(norm):
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        # a loss scaler tries scales until none overflows, and skips these updates itself; one below 1 is not to blame
+        if not torch.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
             raise non_finite("gradient", norm.item(), self.trainer.global_step, self.rows)
         if self.optimiser.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.optimiser.clip, norm)
         self.latest |= {"train/gradient_norm": norm, "train/learning_rate": optimizer.param_groups[0]["lr"]}
+        if scaler is not None:
+            self.latest["train/loss_scale"] = scaler.get_scale()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        o, lr = self.optimiser, self.optimiser.learning_rate(0)
-        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        hidden = {name for name, p in named.items() if o.muon and p.ndim == 2 and name.startswith("blocks.")}
-        rest = [p for name, p in named.items() if name not in hidden]
-        groups = [
-            {"params": [p for p in rest if p.ndim > 1], "weight_decay": o.weight_decay},
-            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        adamw = torch.optim.AdamW(groups, lr=lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
-        if not o.muon:
-            return adamw
-        if not hidden:
-            raise UserError("muon is set, but this model has no matrices inside blocks", "set optimiser.muon to false")
-        matrices = [named[name] for name in sorted(hidden)]
-        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=o.weight_decay, adjust_lr_fn="match_rms_adamw")
-        return Together(muon, adamw)
+        return self.optimiser.build(self.model)
 
     def configure_callbacks(self) -> Sequence[Callback]:
         # the order matters: validation is judged and drawn while the averaged weights are in place, that is, before
         # the averaging callback puts the training weights back
-        callbacks: list[Callback] = [Validation(), Checkpoints(self.checkpoint_every)]
-        if self.optimiser.ema is not None:  # all tensors in one call, unlike EMAWeightAveraging
-            callbacks.insert(1, WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(self.optimiser.ema)))
-        return callbacks
+        callbacks: list[Callback] = [Validation()]
+        if self.optimiser.ema is not None:
+            callbacks.append(Averaging(self.optimiser.ema, self.optimiser.ema_every))
+        if self.optimiser.plateau is not None:
+            callbacks.append(Halving(self.step_size))
+        return [*callbacks, Checkpoints(self.checkpoint_every)]
 
 
-class Together(torch.optim.Optimizer):
-    """Several optimisers that step and are saved as one: Lightning's automatic optimisation knows only one."""
+class Averaging(WeightAveraging):
+    """Exponentially averaged weights that follow after updates 1, 1 + `every`, ..., of which the first is copied.
 
-    def __init__(self, *parts: torch.optim.Optimizer):
-        self.parts = parts
-        super().__init__([group for part in parts for group in part.param_groups], {})
-        self.share()
+    Until it they are the weights before the training. All tensors move in one call, unlike in EMAWeightAveraging.
+    """
 
-    def share(self) -> None:
-        """Let every part see its own groups and the common state."""
-        groups = iter(self.param_groups)
-        for part in self.parts:
-            part.param_groups = [next(groups) for _ in part.param_groups]
-            part.state = self.state
+    state_key = "WeightAveraging"  # as it stands in the checkpoints
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.share()
+    def __init__(self, decay: float, every: int):
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.every = every
 
-    def step(self, closure: Any = None) -> Any:
-        loss = None if closure is None else closure()
-        for part in self.parts:
-            part.step()
-        return loss
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return step_idx is not None and step_idx % self.every == 0
+
+
+class Halving(Callback):
+    """Tells the step size each update's loss, the mean over batches and processes; keeps its state in checkpoints."""
+
+    def __init__(self, step_size: StepSize):
+        self.step_size = step_size
+        self.losses: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Trainer, module: Lit, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(module.latest["train/loss"])
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        loss = float(trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean"))
+        self.losses.clear()
+        if self.step_size.see(trainer.global_step - 1, loss):
+            update = trainer.global_step
+            module.print(f"after update {update} the loss stopped falling: step size {self.step_size(update):.4g}")
+
+    def state_dict(self) -> dict[str, float]:
+        return self.step_size.state_dict()
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.step_size.load_state_dict(state)
 
 
 def non_finite(what: str, value: float, update: int, rows: Sequence[tuple[int, int]]) -> NumericsError:
@@ -612,6 +590,7 @@ class Progress(TQDMProgressBar):
 
 # settings that may differ when a run is continued: none of them changes what is computed up to a given update
 FREE = {"ckpt_path", "config", "weights_only", "verbose", "run", "data.workers", "model.checkpoint_every"}
+FREE |= {"model.checkpointing"}
 FREE |= {f"trainer.{x}" for x in ("default_root_dir", "max_steps", "max_time", "logger")}
 FREE |= {f"trainer.enable_{x}" for x in ("progress_bar", "model_summary")}
 
@@ -661,13 +640,15 @@ class Command(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            missing: BaseException | None = error
-            while missing and not isinstance(missing, ModuleNotFoundError):
-                missing = missing.__cause__
-            if not missing:
+            cause: BaseException | None = error
+            while cause and not isinstance(cause, ModuleNotFoundError | UserError):
+                cause = cause.__cause__
+            if isinstance(cause, UserError):  # of settings that may be null
+                raise cause from None
+            if not cause:
                 raise
             raise EnvironmentProblem(
-                f"a package is missing: {str(missing).splitlines()[0]}",
+                f"a package is missing: {str(cause).splitlines()[0]}",
                 'for TensorBoardLogger: pip install "trainable-dalle[tensorboard]"; other loggers need other packages',
             ) from error
 
@@ -719,10 +700,12 @@ class Command(LightningCLI):
     def keep_config(self, run: Path, continues: bool) -> None:
         """Write config.yaml; refuse to mix two experiments in one folder."""
         path = run / "config.yaml"
-        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)
+        parser = self._parser(self.subcommand)
+        text = parser.dump(self.config[self.subcommand], skip_unset=False)
         new = yaml.safe_load(text)
         if any((run / "checkpoints").glob("*.ckpt")):  # what failed before its first checkpoint may begin again
-            old = yaml.safe_load(path.read_text())
+            usual = yaml.safe_load(parser.dump(parser.get_defaults(), skip_unset=False, skip_validation=True))
+            old = laid_over(usual, yaml.safe_load(path.read_text()))  # a run may be older than a setting
             if not continues:
                 raise UserError(
                     f"{run} already holds a run",
@@ -781,6 +764,13 @@ def keep_versions(run: Path, update: int) -> None:
     write_json(path, [*earlier, {"update": update, "begun": now, **versions()}])
 
 
+def laid_over(under: Any, over: Any) -> Any:
+    """Nested configs: all of `over`, and of `under` the keys that `over` lacks."""
+    if not (isinstance(under, dict) and isinstance(over, dict)):
+        return over
+    return under | {key: laid_over(under.get(key), value) for key, value in over.items()}
+
+
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The leaves of two nested configs that are not equal: (dotted key, old value, new value)."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -820,23 +810,6 @@ def with_folder(args: Sequence[str]) -> list[str]:
     named = [f"--run={after}" for arg, after in itertools.pairwise(args) if arg == "--run"]
     named += [arg for arg in args if arg.startswith("--run=")]
     return [*args, *(f"--trainer.logger.save_dir={arg.removeprefix('--run=')}" for arg in named[-1:])]
-
-
-def find_config(name: str) -> Path:
-    """The config file at the path `name`, or the shipped one of that name."""
-    if Path(name).is_file():
-        return Path(name)
-    package = Path(str(importlib.resources.files("dvae")))
-    short = name.removeprefix("configs/").removesuffix(".yaml") + ".yaml"
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / short).is_file():
-            return folder / short
-    shipped = sorted(
-        str(path.relative_to(folder).with_suffix(""))
-        for folder in (package / "configs", package.parent / "configs")
-        for path in folder.rglob("*.yaml")
-    )
-    raise UserError(f"there is no config {name}", f"give a path, or one of the shipped names: {', '.join(shipped)}")
 
 
 def run(command: type[Command], module: type[Lit], data: type[Data], args: Sequence[str]) -> Command:

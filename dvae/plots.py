@@ -59,12 +59,16 @@ _PANELS: dict[str, dict[str, str]] = {
     "KL, nats per token": {"train/kl": "training", "val/kl": "validation"},
     "ln K - entropy of the mean code": {"train/usage_gap": "training"},
     "norm of the gradient": {"train/gradient_norm": "training"},
+    "scale of the loss": {"train/loss_scale": "training"},
+    "scales of the gradients": {"train/block_scale_smallest": "smallest", "train/block_scale_largest": "largest"},
     "learning rate": {"train/learning_rate": "training"},
     "temperature": {"train/temperature": "training"},
     "weight of the KL": {"train/kl_weight": "training"},
 }
 _SCALES = {
     "norm of the gradient": "log",
+    "scale of the loss": "log",
+    "scales of the gradients": "log",
     "share of codes in use": "share",
     "image tokens guessed right": "share",
 }

@@ -2,27 +2,35 @@
 
 import contextlib
 import io
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from jsonargparse import ArgumentParser
 
+from dalle.__main__ import main
+from dalle.train import LitDALLE
 from dalle.train import main as dalle
+from dvae.commands import find_config
 from dvae.errors import UserError
-from dvae.lit import find_config
 from dvae.train import main as dvae
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PROGRAMS = {"dvae": dvae, "dalle": dalle}
 EXPERIMENTS = [f"{stage}/{path.stem}" for stage in PROGRAMS for path in sorted((CONFIGS / stage).glob("*.yaml"))]
+PAPER = ["dalle/paper-12b", "dalle/paper-5.6b", "dalle/paper-2.8b", "dalle/paper-1.2b"]
 MACHINES = [f"machine/{path.stem}" for path in sorted((CONFIGS / "machine").glob("*.yaml"))]
 
 # One update of a narrow model: the shape of the recipe stays, its size goes.
 SHORT = ["--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.accelerator=cpu", "--trainer.devices=1"]
-SHORT += ["--trainer.precision=32-true", "--trainer.enable_progress_bar=false", "--data.batch_size=4"]
+SHORT += ["--trainer.accumulate_grad_batches=1", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"]
+SHORT += ["--data.batch_size=4", "--data.workers=0"]
 SMALL = {
     "dvae": ["--model.config.hidden=8", "--model.config.vocab_size=16"],
-    "dalle": ["--model.depth=1", "--model.width=16", "--model.heads=2", "--model.prompts=1"],
+    "dalle": ["--model.depth=1", "--model.width=16", "--model.heads=2", "--model.prompts=1", "--model.expects=null"],
 }
 
 
@@ -101,3 +109,104 @@ def test_unknown_key_is_refused(stage, key, tmp_path):
     with pytest.raises(UserError, match=last):
         PROGRAMS[stage](["fit", "--config", str(path), f"--run={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
+
+
+AGAIN = "make the tokens again with dalle prepare"
+CONTRADICTIONS = {  # what is set, in the config or in the token folder: the exit code and both lines
+    "heads, width": (
+        ["--model.heads=7"],
+        (2, "width 16 cannot be shared by 7 heads", "choose a multiple of heads, such as 21"),
+    ),
+    "kinds, layers": (
+        ["--model.patterns=[row, column, conv]"],
+        (2, "patterns has 3 kinds and depth is 1", "give 1 kinds, one for each block"),
+    ),
+    "sizes that are expected, tokens": (
+        ["--model.expects={vocab_text: 300, text_length: 16, vocab_image: 8192, grid: [32, 32]}"],
+        (2, "the tokens have other sizes than model.expects: vocab_image 16, not 8192; grid (4, 4), not (32, 32)",
+         "prepare them again with dalle vocab --size 300 --length 16 and an image tokenizer of 8192 codes on a grid of "
+         "32 x 32, or set model.expects to null"),
+    ),
+    "text length, vocabulary": (
+        {"text_length": 256},
+        (4, "text_length is 256 in {}/prepared.json, 16 in {}/text.json", AGAIN),
+    ),
+    "text ids, vocabulary": (
+        {"vocab_text": 16384},
+        (4, "vocab_text is 16384 in {}/prepared.json, 300 in {}/text.json", AGAIN),
+    ),
+    "codes, tokenizer": ({"vocab_image": 8192}, (4, "vocab_image is 8192 in {}/prepared.json, 16 in {}/dvae", AGAIN)),
+    "grid, image size": ({"grid": [32, 32]}, (4, "grid is (32, 32) in {}/prepared.json, (4, 4) in {}/dvae", AGAIN)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_contradictions_are_refused_before_anything_is_written(name, tiny_tokens, tmp_path, capsys):
+    change, (code, what, hint) = CONTRADICTIONS[name]
+    tokens, run = shutil.copytree(tiny_tokens, tmp_path / "tokens"), tmp_path / "run"
+    if isinstance(change, dict):
+        manifest = json.loads((tokens / "prepared.json").read_text())
+        (tokens / "prepared.json").write_text(json.dumps({**manifest, "sizes": {**manifest["sizes"], **change}}))
+    given = [*SHORT, *SMALL["dalle"], f"--data.tokens={tokens}", *(change if isinstance(change, list) else [])]
+    assert main(["fit", "--config", "dalle/demo", f"--run={run}", *given]) == code
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert lines[0] == f"error: {what.format(tokens, tokens)}" and lines[1].startswith(f"hint: {hint}")
+    assert len(lines) == 2 and said.out == "" and not run.exists()
+
+
+# ------------------------------------------------------------------------------------------------ stage 2 of the paper
+
+
+def shipped(name: str) -> dict:
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+
+
+def test_those_of_the_paper_differ_in_their_size_only():
+    sizes, rest = {}, []
+    for name in PAPER:
+        settings = dict(leaves(shipped(name)))
+        assert settings.pop(("run",)) == f"runs/{name.removeprefix('dalle/')}"
+        sizes[name] = settings.pop(("model", "heads")), settings.pop(("model", "width"))
+        rest.append(settings)
+    assert all(settings == rest[0] for settings in rest)
+    assert list(sizes.values()) == [(62, 3968), (42, 2688), (30, 1920), (19, 1216)]
+    assert all(width == 64 * heads for heads, width in sizes.values())
+    assert set(PAPER) == {name for name in EXPERIMENTS if name.startswith("dalle/paper")}
+
+
+def test_their_batches_and_validations_come_out_even():
+    settings = merged("dalle", "dalle/paper-12b", "machine/gpu")
+    trainer, accumulate = settings["trainer"], settings["trainer"]["accumulate_grad_batches"]
+    assert trainer["devices"] * settings["data"]["batch_size"] * accumulate == 1024
+    assert trainer["val_check_interval"] == 5_000 * accumulate and trainer["max_steps"] % 5_000 == 0
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_those_of_the_paper_take_a_step_at_a_tenth_of_their_width(name):
+    """All 64 blocks, on one picture of 1,024 tokens and 256 text ids of the paper's vocabularies."""
+    settings = shipped(name)
+    given, optimiser, sizes = settings["model"], settings["model"]["optimiser"], settings["model"]["expects"]
+    heads = round(given["width"] / 640)
+    assert abs(64 * heads - given["width"] / 10) < 32, "as near as whole heads of 64 come"
+    parser = ArgumentParser()
+    parser.add_class_arguments(LitDALLE, "model")
+    small = {**given, "heads": heads, "width": 64 * heads, "sizes": {**sizes, "grid": tuple(sizes["grid"])}}
+    module = parser.instantiate(parser.parse_object({"model": small})).model
+    before = [parameter.detach().clone() for parameter in module.model.parameters()]
+    assert len(module.model.blocks) == 64 and module.model.checkpointing
+
+    ids, tokens = torch.randint(0, sizes["vocab_text"], (1, 256)), torch.randint(0, sizes["vocab_image"], (1, 32, 32))
+    ids[:, 10:] = torch.arange(sizes["vocab_text"] + 10, sizes["vocab_text"] + 256)  # pads
+    batch = {"text_ids": ids, "image_tokens": tokens, "keep_text": torch.tensor([True])}
+    optimizer = module.configure_optimizers()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        loss, _ = module.step(batch, 0, 0)
+    uniform = 0.125 * torch.tensor(16384.0 + 256).log() + 0.875 * torch.tensor(8192.0).log()
+    assert loss.item() == pytest.approx(uniform.item(), abs=0.2), "an untrained model guesses"
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(module.model.parameters(), optimiser["clip"])
+    assert torch.isfinite(norm) and norm > 0
+    optimizer.step()
+    for (name, parameter), old in zip(module.model.named_parameters(), before, strict=True):
+        assert torch.isfinite(parameter).all() and not torch.equal(parameter, old), name

@@ -6,6 +6,7 @@ That a killed run ends where an uninterrupted one does is test_resume.py's matte
 import copy
 import csv
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -31,11 +32,13 @@ from dalle.pipeline import load as load_dalle
 from dalle.prepare import prepare
 from dalle.train import LitDALLE
 from dvae import artefact, lit, plots
+from dvae.commands import find_config
 from dvae.data import open_source
 from dvae.errors import ArtefactError, UserError
 from dvae.images import save as to_png
 from dvae.images import to_uint8
 from dvae.model import Encoder
+from dvae.optim import Optimiser, Plateau, StepSize
 from dvae.schedules import Schedule
 from dvae.tokenizer import load as load_dvae
 from dvae.train import LitDVAE
@@ -77,7 +80,9 @@ class Run:
     def __call__(self, *args: str, command: str = "fit") -> tuple[int, str]:
         self.yaml.write_text(yaml.safe_dump(self.config))
         code = MAIN[self.stage]([command, "--config", str(self.yaml), *args])
-        return code, self.capsys.readouterr().err
+        said = self.capsys.readouterr()
+        self.printed = said.out
+        return code, said.err
 
     def checkpoint(self, name: str = "last") -> dict:
         return lit.SafeCheckpoints().load_checkpoint(self.folder / "checkpoints" / f"{name}.ckpt")
@@ -183,106 +188,165 @@ def test_metrics_are_appended_and_forgotten_beyond_the_checkpoint(tmp_path):
     assert read() == [], "a run from the start forgets everything"
 
 
-# -------------------------------------------------------------------------------------------------------- optimisers
-
-BLOCK = "blocks.0.weight"
-
-
-def network() -> torch.nn.ModuleDict:
-    """Matrices and vectors inside blocks and outside: the one matrix under `blocks.` is Muon's."""
-    torch.manual_seed(5)
-    return torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(6, 4)]), "head": torch.nn.Linear(4, 3)})
-
-
-def module(model: torch.nn.Module, **settings) -> lit.Lit:
-    found = lit.Lit(lit.Optimiser(Schedule(0.01), weight_decay=0.1, beta1=0.8, **settings), 1, 0)
-    found.model = model
-    return found
-
-
-def set_gradients(model: torch.nn.Module, number: int) -> None:
-    chance = torch.Generator().manual_seed(number)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=chance)
-
-
-def test_together_steps_as_its_parts_would_alone():
-    one, other = network(), network()
-    together = module(one, muon=True).configure_optimizers()
-    named = dict(other.named_parameters())
-    groups = [
-        {"params": [named["head.weight"]], "weight_decay": 0.1},
-        {"params": [named["blocks.0.bias"], named["head.bias"]], "weight_decay": 0.0},
-    ]
-    muon = torch.optim.Muon([named[BLOCK]], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.999), fused=True)
-    assert isinstance(together, lit.Together)
-    start = network().state_dict()
-    for update in range(4):
-        for optimiser in (together, muon, adamw):
-            for group in optimiser.param_groups:
-                group["lr"] = 0.01 / (update + 1)
-        set_gradients(one, update)
-        set_gradients(other, update)
-        together.step()
-        muon.step()
-        adamw.step()
-        assert equal(one.state_dict(), other.state_dict())
-    assert all((one.state_dict()[name] - start[name]).abs().max() > 1e-3 for name in start)
-
-
-def test_together_is_saved_and_goes_on_bit_for_bit(tmp_path):
-    def updates(model, optimiser, numbers):
-        for number in numbers:
-            for group in optimiser.param_groups:
-                group["lr"] = 0.01 / (number + 1)
-            set_gradients(model, number)
-            optimiser.step()
-
-    whole, half, rest = network(), network(), network()
-    updates(whole, module(whole, muon=True).configure_optimizers(), range(6))
-    optimiser = module(half, muon=True).configure_optimizers()
-    updates(half, optimiser, range(3))
-    torch.save([half.state_dict(), optimiser.state_dict()], tmp_path / "saved")
-    weights, state = torch.load(tmp_path / "saved", weights_only=True)
-    rest.load_state_dict(weights)
-    again = module(rest, muon=True).configure_optimizers()
-    again.load_state_dict(state)
-    assert again.state.keys() == set(rest.parameters())
-    updates(rest, again, range(3, 6))
-    assert equal(rest.state_dict(), whole.state_dict()) and not equal(half.state_dict(), whole.state_dict())
-
-
-def test_muon_moves_the_matrices_of_the_blocks_alone():
-    from dalle.model import DALLE, DALLEConfig
-
-    model = DALLE(DALLEConfig(vocab_text=20, text_length=4, vocab_image=9, grid=(2, 3), depth=2, width=16, heads=2))
-    muon, adamw = module(model, muon=True).configure_optimizers().parts
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    moved, others = ([names[p] for group in part.param_groups for p in group["params"]] for part in (muon, adamw))
-    assert sorted(moved + others) == sorted(names.values())
-    assert moved and set(moved) == {n for p, n in names.items() if p.ndim == 2 and n.startswith("blocks.")}
-    assert isinstance(module(model).configure_optimizers(), torch.optim.AdamW)
+# ----------------------------------------------------------------------------------------------------------- updates
 
 
 def test_clip_limits_the_norm_of_the_whole_gradient():
-    class Trainer:
-        global_step = 0
-
+    trainer = SimpleNamespace(global_step=0, precision_plugin=SimpleNamespace())
     for size, expected in ((100.0, 0.5), (1e-3, None)):
-        model = network()
-        lit_module = module(model, clip=0.5)
-        lit_module._trainer = Trainer()
-        set_gradients(model, 0)
-        for parameter in model.parameters():
-            parameter.grad *= size
-        before = [p.grad.clone() for p in model.parameters()]
+        found = lit.Lit(Optimiser(Schedule(0.01), clip=0.5), 1, 0)
+        found.model, found._trainer = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3)), trainer
+        parameters = list(found.model.parameters())
+        for parameter in parameters:
+            parameter.grad = size * torch.randn(parameter.shape)
+        before = [p.grad.clone() for p in parameters]
         norm = math.sqrt(sum(g.double().square().sum().item() for g in before))
-        lit_module.on_before_optimizer_step(lit_module.configure_optimizers())
+        found.on_before_optimizer_step(found.configure_optimizers())
         factor = 1.0 if expected is None else expected / norm
-        for gradient, parameter in zip(before, model.parameters(), strict=True):
+        for gradient, parameter in zip(before, parameters, strict=True):
             torch.testing.assert_close(parameter.grad, gradient * factor, rtol=1e-4, atol=0)
-        assert lit_module.latest["train/gradient_norm"].item() == pytest.approx(norm, rel=1e-5), "as it was found"
+        assert found.latest["train/gradient_norm"].item() == pytest.approx(norm, rel=1e-5), "as it was found"
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_averaged_weights_are_the_loop_over_every_so_many_updates(every, new, monkeypatch):
+    run, weights = new("dalle"), []
+    run.config["trainer"].update(max_steps=8, accumulate_grad_batches=2, val_check_interval=8)
+    run.config["model"]["optimiser"] = {**OPTIMISER, "ema": 0.75, "ema_every": every}
+    run.config["model"]["prompts"] = 0
+    real = lit.Checkpoints.on_train_batch_end
+
+    def keep(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx % 2:
+            weights.append({name: value.clone() for name, value in module.state_dict().items()})
+        real(self, trainer, module, outputs, batch, batch_idx)
+
+    monkeypatch.setattr(lit.Checkpoints, "on_train_batch_end", keep)
+    assert run()[0] == 0
+    assert len(weights) == 8
+    average = weights[0]
+    for update in range(2, 9):
+        if (update - 1) % every == 0:
+            average = {name: 0.75 * value + 0.25 * weights[update - 1][name] for name, value in average.items()}
+    last = run.checkpoint()
+    assert equal(last["current_model_state"], weights[-1])
+    for name, value in last["state_dict"].items():
+        torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-7)
+        assert not torch.equal(value, weights[-1][name])
+
+
+PLATEAU = {"learning_rate": {"start": 2e-3, "warmup": 1}, "plateau": {"window": 2, "patience": 1, "threshold": 0.9}}
+
+
+@STAGES
+def test_the_step_size_is_halved_on_a_plateau_of_the_training_loss(stage, new, monkeypatch):
+    run, losses = new(stage), []
+    run.config["trainer"].update(max_steps=8, accumulate_grad_batches=2, val_check_interval=16)
+    run.config["model"]["optimiser"] = {**PLATEAU, "ema": None}
+    real = MODULE[stage].step
+
+    def step(self, batch, update, batch_index):
+        loss, numbers = real(self, batch, update, batch_index)
+        losses.append(loss.item())
+        return loss, numbers
+
+    monkeypatch.setattr(MODULE[stage], "step", step)
+    assert run()[0] == 0
+    expected, rates = StepSize(Schedule(2e-3, warmup=1), Plateau(2, 1, 0.9)), []
+    for update, pair in enumerate(zip(losses[::2], losses[1::2], strict=True)):
+        rates.append(expected(update))
+        expected.see(update, sum(pair) / 2)
+    # update 0 is the warm-up; 1 and 2 are the first window, and each window after it brings no such improvement
+    assert rates == [1e-3, 2e-3, 2e-3, 2e-3, 2e-3, 1e-3, 1e-3, 5e-4]
+    assert [row["train/learning_rate"] for row in run.metrics()] == [f"{rate:.6g}" for rate in rates]
+    assert [line for line in run.printed.splitlines() if "stopped falling" in line] == [
+        "after update 5 the loss stopped falling: step size 0.001",
+        "after update 7 the loss stopped falling: step size 0.0005",
+    ]
+    kept = run.checkpoint()["callbacks"]["Halving"]
+    assert kept.keys() == {"halved", "best", "stale", "total", "count"}
+    assert kept["halved"] == 2 and kept["count"] == 1
+    assert kept["total"] == pytest.approx(sum(losses[-2:]) / 2, rel=1e-6), "the open window holds the last update"
+
+
+def test_the_loss_of_an_update_is_the_mean_over_batches_and_processes():
+    seen, asked = [], []
+
+    def reduce(value, reduce_op):
+        asked.append(reduce_op)
+        return (value + 10) / 2  # the other process has found 10
+
+    trainer = SimpleNamespace(accumulate_grad_batches=2, global_step=7, strategy=SimpleNamespace(reduce=reduce))
+    halving = lit.Halving(SimpleNamespace(see=lambda *args: seen.append(args)))
+    for batch, loss in enumerate((1.0, 5.0, 2.0, 6.0)):
+        halving.on_train_batch_end(
+            trainer, SimpleNamespace(latest={"train/loss": torch.tensor(loss)}), None, None, batch
+        )
+    assert seen == [(6, (3 + 10) / 2), (6, (4 + 10) / 2)] and asked == ["mean", "mean"]
+
+
+SCALED = {
+    "class_path": "lightning.pytorch.plugins.MixedPrecision",
+    "init_args": {
+        "precision": "16-mixed",
+        "device": "cpu",
+        "scaler": {"class_path": "torch.amp.GradScaler", "init_args": {"device": "cpu", "init_scale": 2.0**22}},
+    },
+}
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_loss_scaler_skips_what_overflows_and_the_run_goes_on_exactly(muon, new, monkeypatch):
+    run, halves, weights = new("dalle"), new("dalle", "halves"), []
+    for each in (run, halves):
+        each.config["trainer"].update(plugins=[copy.deepcopy(SCALED)], max_steps=10, val_check_interval=5)
+        each.config["model"]["optimiser"] = {**OPTIMISER, "muon": muon, "clip": 0.5, "second_moment_clip": 1e-4}
+        each.config["model"]["prompts"] = 0
+    real = lit.Checkpoints.on_train_batch_end
+
+    def keep(self, trainer, module, *args):
+        weights.append({name: value.clone() for name, value in module.state_dict().items()})
+        real(self, trainer, module, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lit.Checkpoints, "on_train_batch_end", keep)
+        assert run() == (0, "")
+    rows = run.metrics()
+    scales, norms = ([float(row[f"train/{name}"]) for row in rows] for name in ("loss_scale", "gradient_norm"))
+    skipped = sum(not math.isfinite(norm) for norm in norms)
+    assert 5 < skipped < 9 and all(math.isfinite(norm) for norm in norms[skipped:])
+    assert scales == pytest.approx([2.0 ** (22 - min(update, skipped)) for update in range(10)], rel=1e-5)
+    assert max(norms[skipped:]) < 100, "clipped and logged without the scale"
+    assert all(equal(weights[0], moved) for moved in weights[:skipped]), "a skipped update moves nothing"
+    for before, after in itertools.pairwise(weights[skipped - 1 :]):
+        assert not equal(before, after)
+    # it counts as an update all the same: of the step size, the average and max_steps
+    assert [row["step"] for row in rows] == [str(update) for update in range(1, 11)]
+    rate = Schedule(**OPTIMISER["learning_rate"])
+    assert [row["train/learning_rate"] for row in rows] == [f"{rate(update):.6g}" for update in range(10)]
+
+    halves.config["trainer"]["max_steps"] = 5
+    assert halves()[0] == 0
+    assert halves("--ckpt_path", "last", "--trainer.max_steps", "10")[0] == 0
+    one, other = run.checkpoint(), halves.checkpoint()
+    assert one["MixedPrecision"] == other["MixedPrecision"]
+    assert equal(one["current_model_state"], other["current_model_state"])
+
+
+def test_a_loss_scaler_does_not_hide_what_no_scale_mends(new, monkeypatch):
+    run = new("dalle")
+    plugin = copy.deepcopy(SCALED)
+    plugin["init_args"]["scaler"]["init_args"]["init_scale"] = 2.0
+    run.config["trainer"]["plugins"] = [plugin]
+    real = LitDALLE.step
+
+    def step(self, data, update, batch_index):
+        next(self.model.parameters()).register_hook(lambda gradient: gradient + float("inf"))
+        return real(self, data, update, batch_index)
+
+    monkeypatch.setattr(LitDALLE, "step", step)
+    code, said = run()  # scales 2, 1, 1/2
+    assert code == 6 and "error: the gradient of update 2 is" in said and "Traceback" not in said
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -308,6 +372,7 @@ def test_a_run_from_begin_to_end(stage, new):
     last, best = run.checkpoint(), run.checkpoint("best")
     lowest = min(rows, key=lambda row: float(row["val/loss"] or "inf"))
     assert best["global_step"] == int(lowest["step"]) and last["global_step"] == 4
+    assert last["callbacks"].keys() == {"Validation", "WeightAveraging"}, "the names by which older runs go on"
     assert not equal(best["state_dict"], best["current_model_state"])
     kept = artefact.load(run.folder / "model", stage).tensors
     assert equal({f"model.{name}": value for name, value in kept.items()}, best["state_dict"])
@@ -362,13 +427,27 @@ def test_the_best_validation_is_remembered(new, monkeypatch):
 
 
 @STAGES
-def test_settings_that_change_nothing_may_differ(stage, new):
-    run = new(stage)
+def test_settings_that_change_nothing_may_differ_and_younger_ones_be_missing(stage, new):
+    run, whole = new(stage), new(stage, "whole")
+    assert whole()[0] == 0
     run.config["trainer"] |= {"max_steps": 2}
     assert run()[0] == 0
+    kept = yaml.safe_load((run.folder / "config.yaml").read_text())
+    for name in ("second_moment_clip", "plateau", "ema_every"):
+        del kept["model"]["optimiser"][name]
+    if stage == "dalle":
+        for name in ("patterns", "checkpointing", "pad_targets", "expects"):
+            del kept["model"][name]
+        run.config["model"]["checkpointing"] = True
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(kept))
+    code, said = run("--ckpt_path", "last", "--model.optimiser.ema_every", "3")
+    assert code == 2 and "(model.optimiser.ema_every: 1 there, 3 here)" in said
+    run.config["trainer"] |= {"max_steps": 4}
     run.config["model"]["checkpoint_every"] = 1
     run.config["run"] = os.path.relpath(run.folder)
     assert run("--ckpt_path", "last", "--data.workers", "1")[0] == 0
+    for part in ("state_dict", "current_model_state"):
+        assert equal(run.checkpoint()[part], whole.checkpoint()[part])
 
 
 def test_damaged_checkpoint_is_refused(new):
@@ -393,6 +472,9 @@ def test_damaged_checkpoint_is_refused(new):
         ("trainer", "val_check_interval", 0.5, 2, "val_check_interval"),
         ("trainer", "gradient_clip_val", 1.0, 2, "gradient_clip_val"),
         ("model", "optimiser", {**OPTIMISER, "muon": True}, 2, "muon is set"),
+        ("model", "optimiser", {**OPTIMISER, "beta2": 1.0}, 2, "optimiser.beta2 is 1.0"),
+        ("model", "optimiser", {**OPTIMISER, "plateau": {}}, 2, "optimiser.plateau halves the step size"),
+        ("model", "optimiser", {**PLATEAU, "plateau": {"window": 0}}, 2, "plateau.window is 0"),
         ("trainer", "accumulate_grad_batches", 3, 2, "multiple of accumulate_grad_batches"),
         ("data", "batch_size", 0, 2, "batch_size 0"),
         ("data", "source", "nowhere/at/all", 3, "nowhere/at/all"),
@@ -425,15 +507,15 @@ def test_unknown_top_level_key_and_missing_run(new):
 
 def test_configs_are_found_by_path_and_by_shipped_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shipped = lit.find_config("dvae/demo")
+    shipped = find_config("dvae/demo")
     assert shipped.is_file() and shipped.parts[-2:] == ("dvae", "demo.yaml")
-    assert lit.find_config("configs/dvae/demo.yaml") == lit.find_config("dvae/demo.yaml") == shipped
+    assert find_config("configs/dvae/demo.yaml") == find_config("dvae/demo.yaml") == shipped
     own = tmp_path / "configs" / "dvae" / "demo.yaml"
     own.parent.mkdir(parents=True)
     own.write_text("run: x\n")
-    assert lit.find_config("configs/dvae/demo.yaml").read_text() == "run: x\n", "a file that is there comes first"
+    assert find_config("configs/dvae/demo.yaml").read_text() == "run: x\n", "a file that is there comes first"
     with pytest.raises(UserError, match="there is no config dvae/dmeo") as error:
-        lit.find_config("dvae/dmeo")
+        find_config("dvae/dmeo")
     assert "dvae/demo" in error.value.hint and "dalle/demo" in error.value.hint
     found = lit.spelled_out(["fit", "--config", "dvae/demo", "-c", "dvae/demo", "--config=dvae/demo", "x"])
     assert found == ["fit", "--config", str(shipped), "-c", str(shipped), f"--config={shipped}", "x"]

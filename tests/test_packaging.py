@@ -66,9 +66,10 @@ def test_the_wheel_finds_its_own_models(python, unpacked):
 
 
 def test_the_wheel_finds_its_own_configs(python, unpacked):
-    look = "import dalle, dvae.lit as lit\nprint(dalle.__file__, lit.__file__, lit.find_config('dvae/demo'), sep='\\n')"
+    look = "import dalle, dvae.commands as c\nprint(dalle.__file__, c.__file__, c.find_config('dvae/demo'), sep='\\n')"
     places = [Path(line) for line in python("-c", look).splitlines()]
-    assert places == [unpacked / name for name in ("dalle/__init__.py", "dvae/lit.py", "dvae/configs/dvae/demo.yaml")]
+    names = ("dalle/__init__.py", "dvae/commands.py", "dvae/configs/dvae/demo.yaml")
+    assert places == [unpacked / name for name in names]
 
 
 @pytest.mark.parametrize("package", ["dvae", "dalle"])

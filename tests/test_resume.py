@@ -1,9 +1,9 @@
 """A training that is killed at any moment and continued ends bit for bit where an uninterrupted one ends.
 
 Both stages, with everything that remembers or draws: Gumbel noise, augmentation, BPE and caption dropout, loading
-processes, accumulated and clipped gradients, Muon beside AdamW, averaged weights, validations in the middle, bf16. Each
-run is a fork of this process, in which torch and Lightning are loaded already, and dies by SIGKILL: nothing of it can
-tidy up.
+processes, accumulated and clipped gradients, Muon beside AdamW, cut second moments, halving on plateaus, averaged
+weights, validations in the middle, bf16. Each run is a fork of this process, in which torch and Lightning are loaded
+already, and dies by SIGKILL: nothing of it can tidy up.
 
 The whole campaign, for each stage 100 runs with 1 to 3 kills at random moments and 100 with a kill inside a save whose
 temporary folder is on another file system (about half an hour):
@@ -30,7 +30,7 @@ import dalle.__main__
 import dalle.train
 import dvae.__main__
 import dvae.train
-from dvae import files, lit
+from dvae import files, lit, plots
 
 PROGRAMS = {"dvae": dvae.__main__.main, "dalle": dalle.__main__.main}
 MODULES = {"dvae": dvae.train.LitDVAE, "dalle": dalle.train.LitDALLE}
@@ -47,6 +47,11 @@ TRAINER = {
     "enable_progress_bar": False,
 }
 OPTIMISER = {"learning_rate": {"start": 3e-3, "end": 1e-4, "steps": 10, "warmup": 2}, "clip": 1.0, "ema": 0.8}
+# windows of updates 3-5, 6-8 and 9-11: two halvings, and most checkpoints fall into an open window
+HALVING = {
+    "learning_rate": {"start": 3e-3, "warmup": 2},
+    "plateau": {"window": 3, "patience": 1, "threshold": 0.5, "halvings": 2},
+}
 DVAE = {"image_size": 32, "vocab_size": 32, "hidden": 8, "groups": 2, "code_width": 16, "kernel": 4, "patch": 4}
 CONFIGS = {
     "dvae": {
@@ -65,7 +70,10 @@ CONFIGS = {
         "model": {
             **{"depth": 1, "width": 32, "heads": 2, "prompts": 1, "checkpoint_every": 4},
             "from_codes": 0.5,
-            "optimiser": {**OPTIMISER, "muon": True},
+            "patterns": "paper",
+            "checkpointing": True,
+            "pad_targets": False,
+            "optimiser": {**OPTIMISER, **HALVING, "muon": True, "second_moment_clip": 1e-4, "ema_every": 2},
         },
         "data": {"batch_size": 4, "bpe_dropout": 0.2, "caption_dropout": 0.2},
     },
@@ -214,6 +222,8 @@ def uninterrupted(tiny_tokens, tmp_path_factory) -> Callable[[str, str], tuple[d
             folder = tmp_path_factory.mktemp("whole") / "run"
             start = time.monotonic()
             assert forked(lambda: fit(stage, folder, tiny_tokens, precision)) == 0
+            rates = plots.read((folder / "metrics.csv").read_text())["train/learning_rate"].values
+            assert stage == "dvae" or rates[-1] == 3e-3 / 4, "halved twice"
             known[stage, precision] = ends(folder), time.monotonic() - start
         return known[stage, precision]
 

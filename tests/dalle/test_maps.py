@@ -14,6 +14,7 @@ from dalle.text import Text
 
 SIZES = dict(vocab_text=11, text_length=5, vocab_image=13, grid=(3, 4), depth=3, width=24, heads=3)
 CHANGES = [{}, dict(text_length=1), dict(grid=(1, 1)), dict(text_length=1, grid=(1, 1), depth=1, heads=1)]
+CHANGES += [dict(patterns="paper", depth=4, grid=(3, 13)), dict(patterns=["column", "full", "row"])]
 
 
 def random_model(dtype=torch.float64, **changes):
@@ -141,7 +142,9 @@ def test_rows_are_probabilities_of_what_came_before(changes):
     seen = maps.attention(model, *batch(model, 2))
     every = over_states(seen)
     torch.testing.assert_close(every.sum(-1), torch.ones_like(every[..., 0]), atol=1e-12, rtol=0)
-    assert torch.equal(every > 0, model.layout.mask()[model.layout.image].expand_as(every))
+    for layer, kind in enumerate(model.config.kinds):
+        found = every[:, layer] > 0
+        assert torch.equal(found, model.layout.mask(kind)[model.layout.image].expand_as(found))
     assert torch.equal(seen.cells.triu(), torch.zeros_like(seen.cells))
 
 

@@ -1,16 +1,21 @@
 """The transformer: one forward, the same numbers step by step, and nothing seen before its time."""
 
+import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch import nn
 
+from dalle.layout import KINDS, schedule
 from dalle.model import DALLE, Attention, DALLEConfig, Logits, losses
 from dvae.errors import UserError
 
 SIZES = dict(vocab_text=11, text_length=5, vocab_image=13, grid=(3, 4), depth=3, width=24, heads=3)
 T, V, K, N = 5, 16, 13, 12
+WIDE = dict(grid=(6, 13), depth=1)  # wide enough for the convolution to have gaps
+PATTERNS = [(kind,) for kind in KINDS] + ["paper"]
 
 
 def random_model(dtype=torch.float64, seed=0, **changes):
@@ -21,25 +26,37 @@ def random_model(dtype=torch.float64, seed=0, **changes):
     return model
 
 
-def batch(rows=4, seed=1):
+def batch(rows=4, seed=1, grid=(3, 4)):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(V, (rows, T), generator=generator), torch.randint(K, (rows, 3, 4), generator=generator)
+    return torch.randint(V, (rows, T), generator=generator), torch.randint(K, (rows, *grid), generator=generator)
 
 
-def test_shapes_and_float32_logits():
+@pytest.mark.parametrize("patterns", ["full", "paper"])
+def test_shapes_and_float32_logits(patterns):
     text, image = batch()
     for dtype in (torch.float32, torch.bfloat16):
-        logits = random_model(dtype)(text, image)
+        logits = random_model(dtype, patterns=patterns)(text, image)
         assert logits.text.shape == (4, T, V) and logits.image.shape == (4, N, K)
         assert logits.text.dtype == logits.image.dtype == torch.float32
-    model = random_model(torch.float32)
+    model = random_model(torch.float32, patterns=patterns)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(text, image)
         cache = model.prefill(text)
         scored = model.score(image, cache)
-    assert logits.text.dtype == logits.image.dtype == scored.dtype == torch.float32
+        first = model.step(None, 0, cache)
+    assert logits.text.dtype == logits.image.dtype == scored.dtype == first.dtype == torch.float32
     assert cache.keys.dtype == torch.bfloat16
     torch.testing.assert_close(logits.image, model(text, image).image, atol=0.2, rtol=0.1)
+    torch.testing.assert_close(first, model(text, image).image[:, 0], atol=0.2, rtol=0.1)
+
+
+def test_logits_are_computed_in_float32_under_autocast():
+    """Not rounded to 16 bits and widened afterwards."""
+    model, (text, image) = random_model(torch.float32), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(text, image)
+    for found in logits:
+        assert not torch.equal(found, found.bfloat16().float())
 
 
 def test_attention_is_softmax_over_what_came_before():
@@ -59,11 +76,18 @@ def test_causal_attention_is_the_dense_mask_of_the_layout():
     model = random_model()
     x = torch.randn(2, model.layout.states, 24, dtype=torch.float64)
     for block in model.blocks:
-        torch.testing.assert_close(block(x, 0), block(x, 0, mask=model.layout.mask()), atol=1e-12, rtol=0)
+        torch.testing.assert_close(block(x, 0), block(x, 0, reads=model.layout.mask()), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("changes", [{}, dict(depth=1, heads=1), dict(text_length=1, grid=(1, 1)), dict(grid=(5, 2))])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *[{}, dict(depth=1, heads=1), dict(text_length=1, grid=(1, 1)), dict(grid=(5, 2))],
+        *[dict(WIDE, patterns=patterns, depth=3 if patterns == "paper" else 1) for patterns in PATTERNS],
+        *[dict(patterns=("conv", "full", "column")), dict(text_length=1, grid=(1, 1), patterns="paper")],
+    ],
+)
 def test_cached_logits_are_the_uncached(dtype, tolerance, changes):
     model = DALLE(DALLEConfig(**{**SIZES, **changes})).to(dtype)
     with torch.no_grad():
@@ -139,8 +163,92 @@ def test_each_prediction_depends_on_all_before_it_and_on_nothing_else():
         assert changed(plain.image, logits.image) == [j > cell for j in range(N)]
 
 
-def test_every_parameter_learns():
-    model = DALLE(DALLEConfig(**SIZES))
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_layer_reads_its_pattern_and_nothing_else(kind):
+    """Each token is changed in turn: the cells that see it, and no other, are predicted otherwise."""
+    model = random_model(**WIDE, patterns=(kind,))
+    text, image = batch(1, grid=(6, 13))
+    plain, layout = model(text, image), model.layout
+    for k in range(T):
+        other = text.clone()
+        other[:, k] = (other[:, k] + 1) % V
+        logits = model(other, image)
+        assert changed(plain.text, logits.text) == [j > k for j in range(T)]
+        assert all(changed(plain.image, logits.image))  # every cell reads all of the text, whatever the kind
+    seen = layout.mask(kind)[layout.image, layout.image]
+    for cell in range(layout.cells):
+        other = image.clone().flatten(1)
+        other[:, cell] = (other[:, cell] + 1) % K
+        logits = model(text, other.view_as(image))
+        assert changed(plain.text, logits.text) == [False] * T
+        holder = cell + 1  # the image state that holds the token; the last token is held by none
+        expected = seen[:, holder].tolist() if holder < layout.cells else [False] * layout.cells
+        assert changed(plain.image, logits.image) == expected
+    assert kind == "full" or not seen.tril().equal(torch.ones_like(seen).tril())
+
+
+def test_weights_know_no_pattern():
+    models = [random_model(patterns=patterns) for patterns in ("full", "paper", ["row", "column", "conv"])]
+    assert all(model.state_dict().keys() == models[0].state_dict().keys() for model in models)
+    assert not any("mask" in name for name in models[0].state_dict())
+    assert [block.kind for block in models[0].blocks] == ["full"] * 3 and not list(models[0].buffers())
+    assert [block.kind for block in models[1].blocks] == list(schedule(3)) == ["row", "column", "conv"]
+    text, image = batch()
+    one, other = models[1](text, image), models[2](text, image)
+    assert torch.equal(one.image, other.image) and not torch.equal(one.image, models[0](text, image).image)
+
+
+def test_the_papers_model_at_full_size_on_no_device():
+    with torch.device("meta"):
+        model = DALLE(DALLEConfig(16384, 256, 8192, (32, 32), 64, 3968, 62, patterns="paper"), checkpointing=True)
+    kinds = [block.kind for block in model.blocks]
+    assert [len(kinds), *(kinds.count(kind) for kind in KINDS)] == [64, 0, 47, 16, 1]
+    assert {name: mask.shape for name, mask in model.named_buffers()} == dict.fromkeys(
+        ("row_mask", "column_mask", "conv_mask"), (1281, 1281)
+    )
+    assert 12.0e9 < sum(p.numel() for p in model.blocks.parameters()) < 12.2e9  # 12 x 64 x 3968^2, and the biases
+
+
+@pytest.mark.parametrize("patterns", ["full", "paper"])
+def test_checkpointing_changes_no_number_and_keeps_less(patterns):
+    text, image = batch()
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = DALLE(DALLEConfig(**SIZES, patterns=patterns), checkpointing)
+        kept, parameters = {}, {p.data_ptr() for p in model.parameters()}
+
+        def keep(tensor, kept=kept, parameters=parameters):
+            if tensor.data_ptr() not in parameters:
+                kept[tensor.data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = sum(losses(model(text, image), text, image, torch.ones(4, dtype=torch.bool)))
+        hidden = [tensor for tensor in kept.values() if tensor.shape[-1:] == (4 * 24,)]
+        size = sum(tensor.numel() for tensor in kept.values())
+        loss.backward()
+        found.append((loss, [p.grad for p in model.parameters()], hidden, size))
+    (loss, grads, hidden, size), (loss_again, grads_again, hidden_again, size_again) = found
+    assert torch.equal(loss, loss_again) and len(grads) == len(grads_again) > 20
+    assert all(torch.equal(one, other) for one, other in zip(grads, grads_again, strict=True))
+    assert len(hidden) >= 3 and hidden_again == []  # what is inside the blocks' MLPs
+    states = 4 * model.layout.states * 24
+    assert size_again + 3 * states < size / 3  # with the three that enter the blocks, which no hook sees
+
+
+def test_without_gradients_checkpointing_does_nothing(monkeypatch):
+    model, (text, image) = random_model(), batch()
+    expected = model(text, image)
+    model.checkpointing = True
+    monkeypatch.setattr("dalle.model.checkpoint", lambda *_, **__: pytest.fail("checkpointed"))
+    with torch.no_grad():
+        assert torch.equal(model(text, image).image, expected.image)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(patterns="paper")])
+def test_every_parameter_learns(changes):
+    model = DALLE(DALLEConfig(**SIZES, **changes))
     text, image = torch.arange(V)[: 3 * T].view(3, T), torch.arange(K).repeat(3)[: 3 * N].view(3, 3, 4)
     total = sum(losses(model(text, image), text, image, torch.ones(3, dtype=torch.bool)))
     total.backward()
@@ -154,30 +262,51 @@ def test_inference_records_no_gradient():
     assert not model.score(image, cache).requires_grad and not model.step(None, 0, cache).requires_grad
 
 
+SCALE = math.sqrt(1 / 8)
+INITIAL = {  # of a model 512 wide and 4 deep; one entry for each row of the table in `DALLE.init_weights`, and more
+    "start": 0.013,
+    "text_embedding.weight": 0.013,
+    "image_embedding.weight": 0.013,
+    "text_position.weight": 0.007,
+    "row_position.weight": 0.007 / math.sqrt(2),
+    "column_position.weight": 0.007 / math.sqrt(2),
+    "text_head.weight": SCALE / math.sqrt(512),
+    "image_head.weight": SCALE / math.sqrt(512),
+    "attention.qkv.weight": SCALE / math.sqrt(512),
+    "mlp.hidden.weight": SCALE / math.sqrt(512),
+    "attention.out.weight": SCALE / math.sqrt(512) / math.sqrt(2 * 4),
+    "mlp.out.weight": SCALE / math.sqrt(4 * 512) / math.sqrt(2 * 4),
+}
+
+
 def test_initial_values():
+    config = DALLEConfig(vocab_text=50, text_length=40, vocab_image=60, grid=(30, 30), depth=4, width=512, heads=4)
+    torch.manual_seed(0)
+    model = DALLE(config)
+    seen = set()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            name = name.split(".", 2)[-1] if name.startswith("blocks.") else name
+            seen.add(name)
+            bound = 4 / math.sqrt(2 * parameter.numel())  # four standard errors of a standard deviation
+            assert parameter.std().item() == pytest.approx(INITIAL[name], rel=bound), name
+            assert abs(parameter.mean().item()) < 4 * INITIAL[name] / math.sqrt(parameter.numel()), name
+    assert seen == set(INITIAL)  # nothing is left to torch
+    assert model.norm.eps == 1e-6
+    assert {norm.eps for block in model.blocks for norm in (block.attention_norm, block.mlp_norm)} == {1e-5}
+
+
+def test_a_new_model_knows_nothing():
     config = DALLEConfig(vocab_text=500, text_length=12, vocab_image=600, grid=(4, 4), depth=8, width=128, heads=4)
     torch.manual_seed(0)
     model = DALLE(config)
-    scale = math.sqrt(0.125)
-    block = model.blocks[3]
-    expected = {
-        model.text_embedding.weight: 0.013,
-        model.image_embedding.weight: 0.013,
-        model.text_position.weight: 0.007,
-        model.row_position.weight: 0.007 / math.sqrt(2),
-        model.column_position.weight: 0.007 / math.sqrt(2),
-        model.text_head.weight: scale / math.sqrt(128),
-        block.attention.qkv.weight: scale / math.sqrt(128),
-        block.mlp.hidden.weight: scale / math.sqrt(128),
-        block.attention.out.weight: scale / math.sqrt(128) / 4,
-        block.mlp.out.weight: scale / math.sqrt(512) / 4,
-    }
-    for parameter, std in expected.items():
-        assert parameter.std().item() == pytest.approx(std, rel=0.12)
-    assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
     text, image = torch.randint(512, (4, 12)), torch.randint(600, (4, 4, 4))
     first = losses(model(text, image), text, image, torch.ones(4, dtype=torch.bool))
-    assert first.text.item() == pytest.approx(math.log(512), abs=0.2)  # knows nothing yet
+    assert first.text.item() == pytest.approx(math.log(512), abs=0.2)
     assert first.image.item() == pytest.approx(math.log(600), abs=0.2)
 
 
@@ -202,6 +331,34 @@ def test_losses_are_means_over_their_own_tokens():
         assert found.image.item() == pytest.approx(sum(cells) / len(cells), abs=1e-12)
 
 
+def test_pads_are_targets_or_not():
+    """Words are ids below V - T = 11. A row of pads alone, a row without any, and rows that were dropped."""
+    text = torch.tensor([[1, 2, 13, 14, 15], [11, 12, 13, 14, 15], [0, 10, 9, 8, 7], [3, 12, 13, 14, 15]])
+    image = batch(4)[1]
+    torch.manual_seed(0)
+    logits = Logits(
+        torch.randn(4, T, V, dtype=torch.float64, requires_grad=True), torch.randn(4, N, K, dtype=torch.float64)
+    )
+    for keep in ([True] * 4, [True, False, False, True], [False, True, False, False], [False] * 4):
+        terms, grads = [], torch.zeros(4, T, dtype=torch.bool)
+        for row in range(4):
+            for k in range(T):
+                if keep[row] and text[row, k] < 11:
+                    chances = [math.exp(value) for value in logits.text[row, k].tolist()]
+                    terms.append(-math.log(chances[text[row, k]] / sum(chances)))
+                    grads[row, k] = True
+        keep = torch.tensor(keep)
+        found = losses(logits, text, image, keep, pad_targets=False)
+        assert found.text.item() == pytest.approx(sum(terms) / max(1, len(terms)), abs=1e-12)
+        assert found.image == losses(logits, text, image, keep).image
+        (grad,) = torch.autograd.grad(found.text, logits.text)
+        assert torch.equal(grad.abs().sum(-1) > 0, grads)
+    words_only, keep = text[2:3], torch.tensor([True])
+    some = Logits(logits.text[2:3], logits.image[2:3])
+    with_pads, without = (losses(some, words_only, image[2:3], keep, pad_targets) for pad_targets in (True, False))
+    torch.testing.assert_close(with_pads.text, without.text)  # where there are no pads, it makes no difference
+
+
 def test_a_dropped_caption_teaches_no_text():
     text, image = batch(2)
     logits = Logits(torch.randn(2, T, V, requires_grad=True), torch.randn(2, N, K, requires_grad=True))
@@ -220,6 +377,40 @@ def test_config_is_checked_and_may_come_from_json():
     for grid in ((3,), (3, 4, 5), (0, 4), (3.0, 4)):
         with pytest.raises(UserError, match="grid"):
             DALLEConfig(**{**SIZES, "grid": grid})
+
+
+def test_patterns_may_come_from_json_and_are_kept():
+    for patterns, kinds in [
+        ("full", ("full",) * 3),
+        ("paper", ("row", "column", "conv")),
+        (["full", "row", "row"], ("full", "row", "row")),
+    ]:
+        config = DALLEConfig(**SIZES, patterns=patterns)
+        assert config.kinds == kinds
+        again = DALLEConfig(**json.loads(json.dumps(asdict(config))))
+        assert again == config and hash(again) == hash(config)
+    old = json.loads(json.dumps(asdict(DALLEConfig(**SIZES))))
+    del old["patterns"]  # as in artefacts from before there were any
+    assert DALLEConfig(**old) == DALLEConfig(**SIZES) and DALLEConfig(**old).kinds == ("full",) * 3
+
+
+@pytest.mark.parametrize("patterns", ["rows", "row", "", None, 3, {}])
+def test_patterns_that_there_are_not(patterns):
+    with pytest.raises(UserError) as error:
+        DALLEConfig(**SIZES, patterns=patterns)
+    assert error.value.what == f"patterns names {patterns!r}"
+    assert error.value.hint == 'give "full", "paper", or a list of one of full, row, column, conv for each block'
+
+
+def test_patterns_and_depth_that_contradict_each_other():
+    with pytest.raises(UserError) as error:
+        DALLEConfig(**SIZES, patterns=["row", "paper", "full"])
+    assert error.value.what == "patterns names 'paper'"
+    for kinds in ([], ["row", "conv"], ["row"] * 4):
+        with pytest.raises(UserError) as error:
+            DALLEConfig(**SIZES, patterns=kinds)
+        assert error.value.what == f"patterns has {len(kinds)} kinds and depth is 3"
+        assert error.value.hint == 'give 3 kinds, one for each block, or "full" or "paper", or change depth'
 
 
 @torch.no_grad()

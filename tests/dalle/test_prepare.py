@@ -3,6 +3,7 @@
 import json
 import resource
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from dalle.text import Text
 from dvae import artefact, scenes, seeds
 from dvae.data import open_source, split
 from dvae.errors import ArtefactError, DataError, UserError
+from dvae.files import sha256_file
 from dvae.images import crop_near_centre, save
 from dvae.model import DVAE
 from dvae.tokenizer import load
@@ -265,8 +267,6 @@ def test_wrong_inputs_leave_no_folder(tmp_path, tiny_dvae, words):
 
 @pytest.mark.parametrize("vocab_size", [16, 17])
 def test_a_foreign_tokenizer_is_refused_also_one_of_the_same_shape(copied, tiny_dvae, vocab_size):
-    from dataclasses import replace
-
     torch.manual_seed(99)
     shutil.rmtree(copied / "dvae")
     DVAE(replace(load(tiny_dvae).config, vocab_size=vocab_size)).save(copied / "dvae")
@@ -331,3 +331,55 @@ def test_without_a_vocabulary_one_is_learned_that_holds_nearly_all_captions(tmp_
     lengths = prepared.text.lengths(captions)
     longer = [int((lengths > length).sum()) for length in (prepared.text.text_length - 1, prepared.text.text_length)]
     assert longer[0] > 2 >= longer[1], "one id less would cut more than 1 % of the captions"
+
+
+def test_sizes_that_contradict_each_other_are_refused(copied):
+    manifest = json.loads((copied / MANIFEST).read_text())
+    true = manifest["sizes"]
+
+    def refused(place: str, **sizes) -> None:
+        ((name, said),) = sizes.items()
+        (copied / MANIFEST).write_text(json.dumps({**manifest, "sizes": {**true, name: said}}))
+        said, found = (tuple(value) if name == "grid" else value for value in (said, true[name]))
+        with pytest.raises(ArtefactError) as error:
+            Prepared(copied)
+        assert error.value.what == f"{name} is {said} in {copied / MANIFEST}, {found} in {copied / place}"
+        assert error.value.hint == "make the tokens again with dalle prepare"
+
+    refused("text.json", vocab_text=299)
+    refused("text.json", text_length=17)
+    refused("dvae", vocab_image=17)
+    refused("dvae", grid=[4, 5])
+    (copied / MANIFEST).write_text(json.dumps(manifest))
+    assert Prepared(copied).sizes.grid == (4, 4)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("name, value", [("vocab_image", 15), ("grid", [2, 8])])
+def test_token_files_of_other_sizes_are_refused(copied, part, name, value):
+    manifest, path = json.loads((copied / MANIFEST).read_text()), copied / part / "tokens.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    manifest["tokens"][part] = sha256_file(path)
+    (copied / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtefactError) as error:
+        Prepared(copied)
+    said, found = (tuple(x) if name == "grid" else x for x in (manifest["sizes"][name], value))
+    assert error.value.what == f"{name} is {said} in {copied / MANIFEST}, {found} in {copied / part}"
+
+
+def test_a_tokenizer_of_another_grid_is_refused(copied, tiny_dvae):
+    """The same codes on larger pictures, and its digest noted as if the tokens were its own."""
+    config = replace(load(tiny_dvae).config, image_size=48)
+    shutil.rmtree(copied / "dvae")
+    DVAE(config).save(copied / "dvae")
+    manifest = json.loads((copied / MANIFEST).read_text())
+    (copied / MANIFEST).write_text(json.dumps({**manifest, "dvae": artefact.digest(copied / "dvae")}))
+    with pytest.raises(ArtefactError) as error:
+        Prepared(copied)
+    assert error.value.what == f"grid is (4, 4) in {copied / MANIFEST}, (6, 6) in {copied / 'dvae'}"
+
+
+def test_looking_at_tokens_leaves_the_random_numbers_of_a_training_alone(tiny_tokens):
+    before = torch.get_rng_state()
+    Prepared(tiny_tokens)
+    assert torch.equal(torch.get_rng_state(), before)

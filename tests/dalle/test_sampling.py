@@ -177,6 +177,27 @@ def test_sampling_is_the_uncached_two_pass_definition(model, guidance):
     model.float()
 
 
+@pytest.mark.parametrize("patterns", [("full",), ("row",), ("column",), ("conv",), "paper"])
+def test_sampling_with_patterns_is_the_uncached_definition(patterns):
+    """Cell by cell from the whole table of the forward pass; `exact` draws the same tokens, in any company."""
+    torch.manual_seed(0)
+    grid, depth = (3, 13), 3 if patterns == "paper" else 1
+    config = DALLEConfig(BPE, T, K, grid, depth=depth, width=32, heads=2, patterns=patterns)
+    model = DALLE(config).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    drawn = [
+        sample(model, torch.cat([A, B]), 3, null_ids=NULL, seeds=[5, 6], exact=exact).tokens for exact in (False, True)
+    ]
+    assert torch.equal(*drawn)
+    assert torch.equal(sample(model, B, 2, null_ids=NULL, seeds=6, exact=True).tokens, drawn[1][3:5])
+    for row, tokens in enumerate(drawn[0].flatten(1)):
+        uniforms = torch.rand(39, dtype=torch.float64, generator=generator("sample", (5, 6)[row // 3], row % 3))
+        with torch.no_grad():
+            table = model((A, B)[row // 3], tokens.view(1, *grid)).image[0]
+        assert torch.equal(draw(table, uniforms), tokens)
+
+
 class Recorded:
     """The model, and the logits that it gave, (groups, N, rows, K)."""
 
