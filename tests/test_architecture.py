@@ -17,10 +17,11 @@ PACKAGES = ("dvae", "dalle")
 ROOMS = """
     dvae.errors dvae.files dvae.seeds dvae.schedules dvae.images dvae.scenes dvae.listing dvae.tables dvae.data
     dvae.likelihood dvae.quantize dvae.artefact dvae.model dvae.vqgan dvae.tokenizer dvae.codebook dvae.drawings
-    dvae.plots dvae.evaluate dvae.inspect dvae.importers dvae.commands dvae.optim dvae.lit dvae.train dvae.__main__
-    dalle.layout dalle.text dalle.tokens dalle.pairs dalle.model dalle.describe dalle.sampling dalle.rerank
-    dalle.pipeline dalle.shrink dalle.samples dalle.prepare dalle.check dalle.evaluate dalle.compare dalle.maps
-    dalle.symptoms dalle.diagnose dalle.report dalle.train dalle.demo dalle.__main__
+    dvae.plots dvae.evaluate dvae.inspect dvae.foreign dvae.importers dvae.commands dvae.optim dvae.lit dvae.train
+    dvae.__main__
+    dalle.layout dalle.text dalle.tokens dalle.pairs dalle.scaling dalle.model dalle.describe dalle.sampling
+    dalle.rerank dalle.pipeline dalle.shrink dalle.samples dalle.prepare dalle.check dalle.evaluate dalle.compare
+    dalle.maps dalle.symptoms dalle.diagnose dalle.report dalle.train dalle.demo dalle.__main__
 """.split()
 WITH_LIGHTNING = {"dvae.lit", "dvae.train", "dalle.train"}
 MAY_BRING_LIGHTNING = WITH_LIGHTNING | {"dalle.demo"}  # it trains
