@@ -41,7 +41,7 @@ def compare(
     candidates: PositiveInt = 16,
     temperature: float = 1.0,
     guidance: float = 1.0,
-    rerank: str = "half-pmi",
+    rerank: str | None = None,
     seed: int = 0,
     max_bad: float = 0.01,
 ) -> None:
@@ -60,17 +60,19 @@ def compare(
         candidates: pictures drawn for each caption; the best one is compared.
         temperature: above 1 more varied, below 1 more careful.
         guidance: scale of classifier-free guidance; 1 is none.
-        rerank: likelihood, pmi, half-pmi, contrast or none.
+        rerank: likelihood, pmi, half-pmi, contrast or none; null: half-pmi, or likelihood of a model that was trained
+            without dropped captions.
         seed: another one chooses other captions and draws other pictures.
         max_bad: share of rows that may be unusable.
     """
-    settings = {"temperature": temperature, "guidance": guidance, "rerank": rerank}
     check_names(data, val, hold_out)
     check_outside(out, data, val)
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{out} is not empty", "choose another folder with --out, or remove that one")
     drawer = pipeline.load(run)
+    settings = {"temperature": temperature, "guidance": guidance, "rerank": drawer.ranker if rerank is None else rerank}
+    pipeline.warn_of_null(drawer, guidance, rerank)
     size = drawer.tokenizer.config.image_size
     parts = {"val": val, "hold_out": hold_out, "val_share": val_share}
     if not any(parts.values()):

@@ -21,7 +21,7 @@ from torch import Tensor
 from dalle.model import DALLE, DALLEConfig
 from dalle.tokens import Sizes
 from dvae.commands import find_config
-from dvae.errors import DataError, UserError
+from dvae.errors import DataError, UserError, warn
 from dvae.files import write_json
 
 PAPER = Sizes(vocab_text=16384, text_length=256, vocab_image=8192, grid=(32, 32))
@@ -40,7 +40,7 @@ SETTINGS = {
     "data.tokens": None,
     "data.batch_size": 64,
     "trainer.precision": "32-true",
-    "trainer.devices": "auto",  # one, here
+    "trainer.devices": "auto",
     "trainer.num_nodes": 1,
     "trainer.accumulate_grad_batches": 1,
     "trainer.max_steps": -1,
@@ -48,6 +48,8 @@ SETTINGS = {
 
 _FULL = 4  # bytes of a weight, a gradient, a moment, and of what is computed outside autocast
 _PRECISIONS = {"32-true": 4, "bf16-mixed": 2, "16-mixed": 2}  # bytes of what is computed inside
+_SHORT = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}  # for which Lightning takes these
+_ALL = ("auto", -1, "-1")  # devices of a machine: one, here
 
 # parts of the model by what the names of their parameters hold, the first that fits
 _PARTS = {
@@ -64,16 +66,20 @@ _PARTS = {
 
 
 def describe(config: str, settings: dict[str, Any] | None = None, out: str | None = None) -> None:
-    """Tell the parameters, memory and arithmetic of a training of stage 2 before it begins.
+    """Tell the parameters, memory and arithmetic of a training of stage 2 before it begins. Further settings, spelled
+    as for that training, stand in place of the config's own: --model.depth 32 --data.batch_size 1.
 
     Args:
         config: a file, or the name of one that comes with the project, such as dalle/paper-12b.
-        settings: what is to stand in place of the config's own, each spelled as for a training: --model.depth 32
-            --data.batch_size 1.
+        settings: by their dotted keys, such as model.depth.
         out: a file to write the numbers to, as JSON.
     """
+    if out is not None and Path(out).is_dir():
+        raise UserError(f"{Path(out)} is a folder", f"name a file, such as --out {Path(out) / 'sizes.json'}")
     plan = read(config, settings)
     counted = count(plan)
+    if plan.sizes_from.startswith("the paper"):
+        warn(f"these are the sizes of {plan.sizes_from}", "prepare the tokens first, or set model.expects")
     print(f"{config}\n\n" + "\n".join(page(plan, counted)))
     if out is not None:
         write_json(out, {"config": config, **counted})
@@ -98,6 +104,7 @@ class Plan:
         accumulate: such batches to an update.
         devices: of all machines.
         updates: of the whole training.
+        idle: settings that were given and change none of the numbers.
     """
 
     config: DALLEConfig
@@ -110,6 +117,7 @@ class Plan:
     accumulate: int
     devices: int
     updates: int
+    idle: tuple[str, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -124,16 +132,23 @@ def read(config: str, settings: Mapping[str, Any] | None = None) -> Plan:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         said = " ".join(str(error).split())
         raise UserError(f"{config} is no YAML file: {said}", "give a config of stage 2") from error
-    for key, value in (settings or {}).items():
+    idle, own_tokens = [], True
+    for key, value in _flat(settings):
+        whole = any(name.startswith(f"{key}.") for name in SETTINGS)
+        if whole or not key.startswith(("model.", "data.", "trainer.")):
+            raise UserError(f"{key} is no single setting of a training", f"what counts here: {', '.join(SETTINGS)}")
         name = next((name for name in SETTINGS if f"{key}.".startswith(f"{name}.")), None)
         if name is None:
-            raise UserError(f"{key} changes nothing that is told here", f"what counts: {', '.join(SETTINGS)}")
+            idle.append(key)
+            continue
+        own_tokens = own_tokens and name != "data.tokens"
         inner = key.removeprefix(name).removeprefix(".")  # model.expects holds several
         before = given.get(name)
         given[name] = {**(before if isinstance(before, Mapping) else {}), inner: value} if inner else value
     said = {key: given.get(key, default) for key, default in SETTINGS.items()}
-    said["trainer.precision"] = said["trainer.precision"] or SETTINGS["trainer.precision"]  # Lightning writes null
-    said["trainer.devices"] = 1 if said["trainer.devices"] == "auto" else said["trainer.devices"]
+    precision = said["trainer.precision"] or SETTINGS["trainer.precision"]  # Lightning writes null
+    said["trainer.precision"] = _SHORT.get(str(precision), precision)
+    said["trainer.devices"] = 1 if said["trainer.devices"] in _ALL else said["trainer.devices"]
     for key in ("model.depth", "model.width", "model.heads"):
         if said[key] is None:
             raise UserError(f"{config} does not say {key}", "give a config of stage 2, such as dalle/demo")
@@ -144,21 +159,30 @@ def read(config: str, settings: Mapping[str, Any] | None = None) -> Plan:
     for key in ("model.checkpointing", "model.optimiser.muon"):
         if type(said[key]) is not bool:
             raise UserError(f"{key} is {said[key]!r}", "give true or false")
+    ema = said["model.optimiser.ema"]
+    try:
+        share = 0.0 if ema is None else float(ema)  # YAML's 1e-3 is a text
+    except (TypeError, ValueError):
+        share = math.nan
+    if not 0 <= share < 1:
+        hint = "give a number from 0 to below 1, such as 0.999, or null"
+        raise UserError(f"model.optimiser.ema is {ema!r}", hint)
     if said["trainer.precision"] not in [*_PRECISIONS]:
         raise UserError(f"trainer.precision is {said['trainer.precision']!r}", f"known here: {', '.join(_PRECISIONS)}")
-    sizes, sizes_from = _sizes(said["model.expects"], said["data.tokens"])
+    sizes, sizes_from = _sizes(said["model.expects"], said["data.tokens"], own_tokens)
     names = ("depth", "width", "heads", "mlp_ratio", "patterns")
     return Plan(
         config=DALLEConfig(**asdict(sizes), **{name: said[f"model.{name}"] for name in names}),
         sizes_from=sizes_from,
         checkpointing=said["model.checkpointing"],
         muon=said["model.optimiser.muon"],
-        averaged=said["model.optimiser.ema"] is not None,
+        averaged=ema is not None,
         precision=said["trainer.precision"],
         batch_size=said["data.batch_size"],
         accumulate=said["trainer.accumulate_grad_batches"],
         devices=said["trainer.devices"] * said["trainer.num_nodes"],
         updates=said["trainer.max_steps"],
+        idle=tuple(idle),
     )
 
 
@@ -172,8 +196,8 @@ def _flat(settings: Any, above: str = "") -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _sizes(expects: Mapping[str, Any] | None, tokens: str | None) -> tuple[Sizes, str]:
-    """Vocabularies, text length and grid, and who says so."""
+def _sizes(expects: Mapping[str, Any] | None, tokens: str | None, may_lack: bool) -> tuple[Sizes, str]:
+    """Vocabularies, text length and grid, and who says so: the paper where a folder is not there and `may_lack`."""
     if expects is not None:
         try:
             return Sizes(**{**expects, "grid": tuple(expects["grid"])}), "model.expects"
@@ -181,21 +205,29 @@ def _sizes(expects: Mapping[str, Any] | None, tokens: str | None) -> tuple[Sizes
             hint = f"give just {', '.join(asdict(PAPER))}, or null"
             raise UserError(f"model.expects is {expects!r}", hint) from error
     prepared = Path(str(tokens)) / "prepared.json"
-    if prepared.is_file():
-        try:
-            return Sizes(**json.loads(prepared.read_bytes())["sizes"]), f"the tokens in {tokens}"
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{tokens} holds no prepared tokens", "make them with dalle prepare") from error
-    return PAPER, f"the paper: there are no tokens in {tokens}" if tokens else "the paper"
+    if may_lack and not prepared.is_file():
+        return PAPER, f"the paper: there are no tokens in {tokens}" if tokens else "the paper"
+    try:
+        return Sizes(**json.loads(prepared.read_bytes())["sizes"]), f"the tokens in {tokens}"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{tokens} holds no prepared tokens", "make them with dalle prepare") from error
 
 
 # ------------------------------------------------------------------------------------------------------- the counting
 
 
 def count(plan: Plan) -> dict[str, Any]:
-    """All numbers of a plan, as JSON takes them: parameters by part, bytes, FLOPs and keys."""
-    with torch.device("meta"):
-        model = DALLE(plan.config)
+    """All numbers of a plan, as JSON takes them: parameters by part, bytes, FLOPs and keys.
+
+    Raises:
+        UserError: one of its tensors has more bytes than torch can count.
+    """
+    try:
+        with torch.device("meta"):
+            model = DALLE(plan.config)
+    except RuntimeError as error:
+        sizes = ", ".join(f"{name} {value}" for name, value in asdict(plan.config).items())
+        raise UserError(f"no tensor can be so large: {sizes}", "give smaller sizes") from error
     return {
         "sizes": {**asdict(plan.config), "from": plan.sizes_from},
         "parameters": parameters(model),
@@ -328,6 +360,8 @@ def page(plan: Plan, counted: Mapping[str, Any]) -> Iterator[str]:
         f"{plan.updates:,} updates of {plan.batch:,} pictures: batch_size {plan.batch_size:,} x accumulate "
         f"{plan.accumulate:,} x devices {plan.devices:,}"
     )
+    if plan.idle:
+        yield f"of no effect on these numbers: {', '.join(plan.idle)}"
     yield ""
     yield from _beside(
         [

@@ -73,17 +73,6 @@ class Layout:
     def _image_states(self) -> int:
         return self.cells + self.image_first  # the last token of the first part is an input too
 
-    def rows(self) -> Tensor:
-        """int64, one for each image state: the row of the cell that it predicts.
-
-        The last state of an image part that comes first predicts none; it stands below the grid: row h, column 0.
-        """
-        return torch.arange(self._image_states) // self.grid[1]
-
-    def columns(self) -> Tensor:
-        """int64, one for each image state: the column of the cell that it predicts; see `rows`."""
-        return torch.arange(self._image_states) % self.grid[1]
-
     def offsets(self, kind: str) -> Sequence[int]:
         """How many states back in the image part an image state reads, where there are so many; ascending, 0 is itself.
 

@@ -336,8 +336,9 @@ class DALLE(nn.Module):
         length = cache.length
         assert length == self.layout.image.start
         x = self._embed_image(image_tokens)
-        rows = self.layout.image
-        masks = {kind: self.layout.mask(kind)[rows].to(x.device) for kind in set(self.config.kinds)}  # (N, S)
+        masks = {kind: self.get_buffer(f"{kind}_mask")[self.layout.image] for kind in self._patterns}  # (N, S)
+        if "full" in self.config.kinds:
+            masks["full"] = self.layout.mask()[self.layout.image].to(x.device)
         logits = self._logits(self._read(x, cache, masks), self.image_head)
         cache.truncate(length)
         return logits

@@ -24,8 +24,9 @@ from dalle.rerank import Scorer, rank, scorer
 from dalle.sampling import Sampled, sample
 from dalle.text import Text
 from dvae import artefact
-from dvae.errors import ArtefactError, UserError
+from dvae.errors import ArtefactError, UserError, warn
 from dvae.images import to_uint8
+from dvae.tokenizer import ImageTokenizer
 from dvae.tokenizer import load as load_dvae
 
 KIND = "dalle"
@@ -54,9 +55,17 @@ class Picture:
 class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-image"], license="mit"):
     """Draws pictures for captions and ranks them without CLIP."""
 
-    def __init__(self, model: DALLE, text: Text, tokenizer: torch.nn.Module, captions: Sequence[str], source: Path):
+    def __init__(
+        self,
+        model: DALLE,
+        text: Text,
+        tokenizer: ImageTokenizer,
+        captions: Sequence[str],
+        source: Path,
+        ranker: str = "half-pmi",
+    ):
         self.model, self.text, self.tokenizer = model, text, tokenizer
-        self.captions, self.source = list(captions), source
+        self.captions, self.source, self.ranker = list(captions), source, ranker
         self.captions_ids = text.encode(self.captions)
 
     def scorer(self, name: str) -> Scorer:
@@ -79,18 +88,19 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: float = 1.0,
-        rerank: str = "half-pmi",
+        rerank: str | None = None,
         exact: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> list[Picture]:
         """Draw `count` pictures for the caption and return the `keep` that the scorer likes best, best first.
 
+        Without `rerank` that is `ranker`: half-pmi, or likelihood where the null prompt was never learned.
         A picture that was drawn twice is kept twice only where there are not enough others.
         The same seed gives the same pictures, whatever else is drawn beside them.
         """
         if not 1 <= keep <= count:
             raise UserError(f"keep is {keep} of count {count}", "keep from 1 to as many pictures as are drawn")
-        score = self.scorer(rerank)
+        score = self.scorer(self.ranker if rerank is None else rerank)
         ids = self.text.encode(caption)
         sampled = self.sample(
             [caption],
@@ -131,6 +141,21 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
                 token=token,
                 local_files_only=local_files_only,
             )
+        )
+
+
+def ranker(about: dict[str, Any]) -> str:
+    """By what a transformer's pictures are ranked unless told otherwise: without dropped captions in its training the
+    null prompt, and with it pmi and guidance, means nothing to it."""
+    return "likelihood" if about.get("caption_dropout") == 0 else "half-pmi"
+
+
+def warn_of_null(drawer: Pipeline, guidance: float, rerank: str | None) -> None:
+    """Tell the user of settings that need the null prompt, of a model that never learned it."""
+    if drawer.ranker == "likelihood" and (guidance != 1 or rerank in ("pmi", "half-pmi")):
+        warn(
+            "this model was trained without dropped captions: guidance, pmi and half-pmi mean nothing to it",
+            "draw with guidance 1 and rank by likelihood or contrast, or train it with --data.caption_dropout 0.1",
         )
 
 
@@ -207,4 +232,4 @@ def load(run: str | Path) -> Pipeline:
         captions = None
     if not (isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)):
         raise ArtefactError(f"the captions of {run} are not a list of texts", "save it again")
-    return Pipeline(model, text, tokenizer, captions, artefact.find(run, KIND))
+    return Pipeline(model, text, tokenizer, captions, artefact.find(run, KIND), ranker(found.about))

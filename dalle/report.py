@@ -81,6 +81,11 @@ class Stage:
     model: Path | None = None
     missing: list[str] = field(default_factory=list)
 
+    @property
+    def imported(self) -> bool:
+        """Whether others have trained it: see `dvae.importers`."""
+        return self.manifest is not None and "imported" in self.manifest["about"]
+
 
 def find_stages(run: str) -> list[Stage]:
     """The trainings in a folder: one of its own, or those of a demo.
@@ -110,8 +115,9 @@ def read_stage(folder: Path) -> Stage:
     except ArtefactError as error:
         stage.missing.append(f"There is no trained model to look into: {error.what}.")
         stage.model = None
-    stage.settings = text_of(folder / "config.yaml", stage.missing)
-    stage.curves = plots.read(text_of(folder / "metrics.csv", stage.missing, most=None))
+    missing = [] if stage.imported else stage.missing  # no training here, none of its files
+    stage.settings = text_of(folder / "config.yaml", missing)
+    stage.curves = plots.read(text_of(folder / "metrics.csv", missing, most=None))
     if not stage.curves and (folder / "metrics.csv").exists():
         stage.missing.append("metrics.csv holds no numbers yet.")
     for path in sorted((folder / "samples").glob("*.png")):
@@ -283,7 +289,7 @@ def chosen(found: Sequence[Any], most: int) -> list[Any]:
 
 
 def atlas(stage: Stage, most_bytes: int) -> str:
-    """What each code of the image tokenizer paints when the whole picture is made of it."""
+    """What each code of the image tokenizer paints alone, see `codebook.painted_alone`."""
     tokenizer = stage.model
     if stage.kind == "dalle" and stage.manifest and "dvae" in stage.manifest["parts"]:
         tokenizer = stage.model / stage.manifest["parts"]["dvae"]["folder"]
@@ -302,7 +308,8 @@ def atlas(stage: Stage, most_bytes: int) -> str:
     enlarged = max(1, round(20 / patches.shape[-1]))
     patches = patches.repeat_interleave(enlarged, 2).repeat_interleave(enlarged, 3)
     picture = grid(to_uint8(patches), columns=math.ceil(math.sqrt(2 * len(patches))), pad=1)
-    note = f"What each of the {len(patches):,} codes paints when the whole picture is made of it, from dark to light."
+    rows, columns = codebook.grid_alone(model)
+    note = f"What each of the {len(patches):,} codes paints in {rows} x {columns} cells of it, from dark to light."
     image = shown(picture, "Atlas of the codes", most_bytes, 940)
     return f'{title}<p class="note">{note}</p><figure class="plain">{image}</figure>'
 
@@ -426,7 +433,9 @@ def page(run: Path, stages: list[Stage]) -> str:
     results = demo_results(run, missing, most_bytes)
     sections = "".join(section(stage, most_bytes, with_atlas=stage is stages[0]) for stage in stages)
     name = run.resolve().name or str(run)
-    summary = " and ".join(TITLES[stage.kind].partition(": ")[2] or "a model" for stage in stages)
+    trained = [TITLES[stage.kind].partition(": ")[2] or "a model" for stage in stages if not stage.imported]
+    parts = ["An imported image tokenizer"] * (len(trained) < len(stages))
+    parts += ["A training of " + " and ".join(trained)] * bool(trained)
     style_digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     rules = f"default-src 'none'; img-src data:; style-src 'sha256-{style_digest}'; base-uri 'none'; form-action 'none'"
     return (
@@ -435,7 +444,7 @@ def page(run: Path, stages: list[Stage]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">'
         f"<title>{escaped(name)}</title><style>{STYLE}</style></head><body><main>"
-        f"<header><h1>{isolated(name)}</h1><p>A training of {summary}</p></header>{told(missing)}{results}{sections}"
+        f"<header><h1>{isolated(name)}</h1><p>{'. '.join(parts)}</p></header>{told(missing)}{results}{sections}"
         "<footer>Written by <code>dalle report</code>. This page holds all that it shows and runs no script.</footer>"
         "</main></body></html>\n"
     )
@@ -452,8 +461,19 @@ def section(stage: Stage, most_bytes: int, with_atlas: bool) -> str:
     if len(kinds) > MOST_KINDS:
         stage.missing.append(f"Only {MOST_KINDS} of {len(kinds)} kinds of pictures are shown.")
     parts += [atlas(stage, most_bytes) if with_atlas else "", settings(stage)]
-    head = f"<section><h2>{TITLES[stage.kind]}</h2><dl>{''.join(cards)}</dl>{told(stage.missing)}"
+    head = f"<section><h2>{TITLES[stage.kind]}</h2>{origin(stage)}<dl>{''.join(cards)}</dl>{told(stage.missing)}"
     return f"{head}{''.join(parts)}</section>"
+
+
+def origin(stage: Stage) -> str:
+    """Of an imported model: whose it is, by which licence, and from which files."""
+    if not stage.imported:
+        return ""
+    about = stage.manifest["about"]
+    files = [isolated(entry["file"]) for entry in about.values() if isinstance(entry, Mapping) and "file" in entry]
+    said = [f"Imported: {isolated(about['imported'])}", f"licence: {isolated(about.get('licence', 'not known'))}"]
+    said += [f"from: {', '.join(files)}"] * bool(files)
+    return f'<p class="note">{"; ".join(said)}.</p>'
 
 
 def told(missing: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     guidance: float = 1.0,
-    rerank: str = "half-pmi",
+    rerank: str | None = None,
     seed: int = 0,
     exact: bool = False,
     out: str = "samples",
@@ -42,14 +42,14 @@ def sample(
         top_k: draw from the k most likely codes only.
         top_p: draw from the most likely codes that together have this probability.
         guidance: scale of classifier-free guidance; 1 is none.
-        rerank: likelihood, pmi, half-pmi, contrast or none.
+        rerank: likelihood, pmi, half-pmi, contrast or none; null: half-pmi, or likelihood of a model that was trained
+            without dropped captions.
         seed: the same seed draws the same pictures.
         exact: bit-equal pictures whatever is drawn beside them; slower.
         out: folder for the pictures, a labelled grid and a JSON of how they were made.
     """
     keep = min(4, count) if keep is None else keep
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-    settings |= {"rerank": rerank, "exact": exact}
     wanted = read_prompts(prompt, prompts)
     folder = Path(out)
     try:
@@ -59,6 +59,8 @@ def sample(
         problem = EnvironmentProblem(f"{out} cannot be written: {error.strerror}", "choose another folder with --out")
         raise problem from error
     drawer = pipeline.load(run)
+    settings |= {"rerank": drawer.ranker if rerank is None else rerank, "exact": exact}
+    pipeline.warn_of_null(drawer, guidance, rerank)
     digest = artefact.digest(drawer.source)
     cells = drawer.model.config.grid[0] * drawer.model.config.grid[1]
     for text in wanted:

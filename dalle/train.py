@@ -110,11 +110,12 @@ def check_sizes(found: Sizes, expected: Sizes | None) -> None:
         return
     was, wanted = asdict(found), asdict(expected)
     differing = [f"{name} {was[name]}, not {wanted[name]}" for name in was if was[name] != wanted[name]]
+    few = " (few captions give fewer ids)" if found.vocab_text < expected.vocab_text else ""
     raise UserError(
         f"the tokens have other sizes than model.expects: {'; '.join(differing)}",
-        f"prepare them again with dalle vocab --size {expected.vocab_text} --length {expected.text_length} and an "
-        f"image tokenizer of {expected.vocab_image} codes on a grid of {expected.grid[0]} x {expected.grid[1]}, or set "
-        "model.expects to null",
+        f"set model.expects to null to train on these, or prepare others: dalle vocab --size {expected.vocab_text} "
+        f"--length {expected.text_length}{few} and an image tokenizer of {expected.vocab_image} codes on a grid of "
+        f"{expected.grid[0]} x {expected.grid[1]}",
     )
 
 
@@ -290,7 +291,7 @@ class LitDALLE(lit.Lit):
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         data: TokenData = self.trainer.datamodule
         captions = data.caption_sample(pipeline.CAPTIONS)
-        about = about | {"split": data.prepared.split} | self.lineage
+        about = about | {"split": data.prepared.split, "caption_dropout": data.caption_dropout} | self.lineage
         pipeline.save(folder, self.model, data.prepared.text, captions, data.prepared.dvae, about)
 
     def configure_callbacks(self) -> Sequence[Callback]:
@@ -309,7 +310,10 @@ class DrawPrompts(Callback):
             return
         prepared: Prepared = trainer.datamodule.prepared
         captions = [prepared.val.captions(row)[0] for row in range(min(self.prompts, len(prepared.val)))]
-        drawn = pipeline.Pipeline(module.model, prepared.text, load_dvae(prepared.dvae), captions, prepared.folder)
+        ranker = pipeline.ranker({"caption_dropout": trainer.datamodule.caption_dropout})
+        drawn = pipeline.Pipeline(
+            module.model, prepared.text, load_dvae(prepared.dvae), captions, prepared.folder, ranker
+        )
         sampled = drawn.sample(captions, count=4)
         images = to_uint8(drawn.tokenizer.decode(sampled.tokens.cpu()))
         lit.show(trainer, "samples", grid(images, columns=4))
@@ -325,7 +329,7 @@ def scored(
     drawn: pipeline.Pipeline, captions: Sequence[str], images: Tensor, sampled: Sampled
 ) -> list[tuple[str, Tensor, float]]:
     """Each picture with its caption and the score that the pipeline ranks by; as many for each caption."""
-    score, count = drawn.scorer("half-pmi"), len(images) // len(captions)
+    score, count = drawn.scorer(drawn.ranker), len(images) // len(captions)
     rows = []
     for row, caption in enumerate(captions):
         own = slice(row * count, (row + 1) * count)

@@ -89,17 +89,25 @@ def patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
 # -------------------------------------------------------------------------------------------- what a code stands for
 
 
+def grid_alone(tokenizer: torch.nn.Module) -> tuple[int, int]:
+    """Rows and columns of what `painted_alone` paints: the grid, or 8 x 8 cells of a larger one."""
+    h, w = tokenizer.grid
+    return min(h, 8), min(w, 8)
+
+
 @torch.inference_mode()
 def painted_alone(tokenizer: torch.nn.Module, codes: Tensor | None = None, batch: int = 256) -> Tensor:
-    """What codes paint when every cell of the grid holds them: the central cell, `(C, 3, p, q)` in [0, 1].
+    """What codes paint when every cell holds them: the central cell, `(C, 3, p, q)` in [0, 1].
+
+    Of a grid larger than 8 x 8 only so many cells are painted, at a sixteenth of the work of 32 x 32. This is not what
+    the whole grid would show where the decoder sees farther than 4 cells: a little different where many convolutions
+    follow each other, and quite different where it normalises or attends over the whole picture, as a `VQGAN` does.
 
     Args:
         codes: int64 `(C,)`; null: all K.
         batch: codes painted at a time.
-
-    Of large grids the middle 8 x 8 cells are painted: the cell's surroundings, at a sixteenth of the work of 32 x 32.
     """
-    h, w = (min(side, 8) for side in tokenizer.grid)
+    h, w = grid_alone(tokenizer)
     codes = torch.arange(tokenizer.vocab_size) if codes is None else codes
     cells, batch = [], max(1, min(batch, 2**24 // (tokenizer.vocab_size * h * w)))  # one-hot codes are what is large
     for some in codes.split(batch):

@@ -6,7 +6,10 @@ Mistakes become one line what and one line how to mend it (see `errors`); nothin
 import importlib
 import importlib.resources
 import inspect
+import pydoc
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +19,66 @@ from jsonargparse import ArgumentParser
 from dvae.errors import UserError, report
 
 TRAININGS = ("fit", "validate", "test")
+ASKS_FOR_HELP = ("-h", "--help", "help")
 
 
 class Plain:
     """Makes a jsonargparse parser say what is wrong in one line, with a hint, instead of printing its usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:
-        lines = [line.strip() for line in str(message).splitlines() if line.strip()]
-        raise UserError(" ".join(lines)[:500], "--help lists every setting with its meaning") from ex
+        raise UserError(plainly(str(message))[:500], "--help lists every setting with its meaning") from ex
 
 
 class Parser(Plain, ArgumentParser):
     pass
+
+
+_BESIDE = ("Does not validate", "Errors:", "Given value type:", "Expected a path but", "Expected a dot import path")
+_INSIDE = ("Namespace(", "NestedArg(")  # what the parser has made of a value
+
+
+def plainly(message: str) -> str:
+    """On one line which setting is wrong, what it was given and what it takes, of what jsonargparse says on many."""
+    key, given, takes, said = "", "", "", []
+    for line in message.splitlines():
+        line = line.strip().removeprefix("- ")
+        if found := re.match(r'Parser key "(.+?)":? *', line):
+            key, given, takes, line = found[1], "", "", line[found.end() :]  # the last one is the innermost
+        expected, _, got = line.partition(". Got value: ")
+        if line.startswith("Given value: "):
+            given = line.removeprefix("Given value: ")
+            break
+        elif loaded := re.fullmatch(r"""Unable to load config (["'])(.*)\1""", line):
+            given, takes = loaded[2], "its settings, each by its name"
+        elif line.startswith("Subtypes: ["):
+            takes = kinds(line[len("Subtypes: [") : -1])
+        elif re.match("Expected a (<class|typing)", line):
+            if not takes:  # of a choice all were named before
+                given, takes = got, kinds(expected.removeprefix("Expected a "))
+                break
+        elif line and not line.startswith(_BESIDE):
+            said.append(line)
+    if not key:
+        return " ".join(said)
+    given = "" if given.startswith(_INSIDE) else given
+    takes = takes and f"{'; it' * bool(given)} takes {takes}"
+    return key + f" is {given}" * bool(given) + takes + f": {' '.join(said)}" * bool(said)
+
+
+def kinds(names: str) -> str:
+    """Python's names of types as they are called in a config: null, int, {settings of a group}."""
+
+    def plain(found: re.Match) -> str:
+        kind = pydoc.locate(found[1])
+        if is_dataclass(kind):
+            return f"{{{', '.join(field.name for field in fields(kind))}}}"
+        return found[1].rpartition(".")[2].replace("NoneType", "null")
+
+    choice = re.split(r", (?=<|[a-z]+[.[])", names)
+    names = " or ".join(sorted(choice, key=lambda name: "NoneType" in name))  # null comes last
+    names = re.sub(r"<class '(.+?)'>", plain, names)
+    names = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", names)
+    return re.sub(r"(?:[a-z_]+\.)+(?=\w)", "", names)
 
 
 def function(name: str) -> Callable:
@@ -50,7 +101,13 @@ def find_config(name: str) -> Path:
         for folder in (package / "configs", package.parent / "configs")
         for path in folder.rglob("*.yaml")
     )
-    raise UserError(f"there is no config {name}", f"give a path, or one of the shipped names: {', '.join(shipped)}")
+    if (Path(name) / "config.yaml").is_file():
+        hint = f"it is the folder of a run: give {Path(name) / 'config.yaml'}"
+    elif alike := [other for other in shipped if other.endswith(f"/{name}")]:
+        hint = f"give {' or '.join(alike)}"
+    else:
+        hint = f"give a path, or one of the shipped names: {', '.join(shipped)}"
+    raise UserError(f"there is no config {name}", hint)
 
 
 def dotted(args: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -76,7 +133,7 @@ def call(program: str, command: Callable, args: Sequence[str], optional: dict[st
 
     Parameters without a default are positional, the others are `--options`; those in `optional` (name and help) are
     positional too and may be left away. A switch may stand alone: `--exact` means `--exact true`. A parameter
-    `settings` is a dictionary of all `--options` with a dot in their names.
+    `settings` is a dictionary of all `--options` with a dot in their names, and no option itself.
     """
     optional, given, parameters = optional or {}, list(args), inspect.signature(command).parameters
     given, settings = dotted(given) if "settings" in parameters else (given, {})
@@ -85,7 +142,7 @@ def call(program: str, command: Callable, args: Sequence[str], optional: dict[st
         if given[place] in switches and given[place + 1 : place + 2] not in (["true"], ["false"]):
             given.insert(place + 1, "true")
     parser = Parser(prog=program, description=(command.__doc__ or "").split("\n\n")[0])
-    parser.add_function_arguments(command, as_group=False, as_positional=True, skip=set(optional))
+    parser.add_function_arguments(command, as_group=False, as_positional=True, skip={"settings", *optional})
     for name, text in optional.items():
         parser.add_argument(name, nargs="?", help=text)
     values = vars(parser.parse_args(given).clone(with_meta=False))
@@ -107,12 +164,12 @@ def dispatch(
     """
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
-    if not args or args[0] in ("-h", "--help", "help"):
-        print(text, end="")
-        return 0 if args else UserError.code
     words = 2 if " ".join(args[:2]) in commands else 1
     name, rest = " ".join(args[:words]), args[words:]
     second = [command.removeprefix(f"{name} ") for command in commands if command.startswith(f"{name} ")]
+    if not args or name in ASKS_FOR_HELP or (second and rest[:1] and rest[0] in ASKS_FOR_HELP):
+        print(text, end="")
+        return 0 if args else UserError.code
 
     def command() -> None:
         if name in TRAININGS:

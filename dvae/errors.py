@@ -82,7 +82,8 @@ def report(command: Callable[[], object], debug: bool = False) -> int:
     except OSError as error:
         if debug:
             traceback.print_exc()
-        where = f" ({error.filename})" if error.filename else ""
+        name = error.filename2 or error.filename  # the target of a replacement, rather than its temporary file
+        where = f" ({name})" if name else ""
         print(
             f"error: {error.strerror or error}{where}\nhint: check the path, its permissions and the free space",
             file=sys.stderr,

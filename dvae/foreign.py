@@ -2,7 +2,7 @@
 
 Files of torch hold pickles, and a pickle is a program. Here it is read as a text: opcode by opcode, by closed lists of
 opcodes and names, into dicts, lists, tensors and `Inert` records. Nothing that a file names is looked up, imported or
-called, and no file can ask for more numbers than it holds. Knows no model.
+called, all tensors together are no larger than the file, and the work grows no faster than it. Knows no model.
 """
 
 import io
@@ -107,8 +107,9 @@ def read(path: str | Path) -> Any:
         with open(source, "rb") as file:
             start = file.read(512)
             file.seek(0)
-            if source.suffix == ".safetensors" and size:
-                return safetensors.torch.load_file(source)
+            # safetensors begin with the length of the JSON that follows
+            if start[8:9] == b"{" and 8 + int.from_bytes(start[:8], "little") <= size:
+                return safetensors.torch.load(file.read())
             if start.startswith(_ZIP):
                 return _read_archive(file, size)
             if start.startswith(_LEGACY):
@@ -150,6 +151,7 @@ def _record(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
 
 
 def _read_legacy(file: BinaryIO, size: int) -> Any:
+    """From before torch 1.6, of `size` bytes: pickles in a row, then all numbers, each storage after its length."""
     head, pickle = io.BytesIO(file.read(_LARGEST_PICKLE)), _Pickle(size)
     head.seek(len(_LEGACY))
     version, machine, tree, keys = (pickle.read(head) for _ in range(4))
@@ -173,11 +175,11 @@ class _Pickle:
     """Reads pickles of protocol 2, as torch writes them; tensors are left to be filled, see `storages`.
 
     Args:
-        limit: bytes of numbers that they may declare.
+        limit: bytes of numbers that they may declare, and of tensors that they may make of these.
     """
 
     def __init__(self, limit: int):
-        self.limit = limit
+        self.undeclared = self.unmade = limit
         self.storages: dict[str, Tensor] = {}  # flat and empty, by the key under which the file holds their numbers
 
     def read(self, stream: BinaryIO) -> Any:
@@ -243,7 +245,7 @@ class _Pickle:
                     arguments, function = _of(tuple, stack.pop()), _of(Name, stack.pop())
                     if function.path not in _CALLS:
                         raise _Refused(f"it calls {function.path}")
-                    stack.append(_CALLS[function.path](*arguments))
+                    stack.append(_CALLS[function.path](self, *arguments))
                 case "NEWOBJ":
                     arguments, kind = _of(tuple, stack.pop()), _of(Name, stack.pop())
                     if kind.path not in _CLASSES or arguments:
@@ -252,7 +254,9 @@ class _Pickle:
                 case "BUILD":
                     state, target = _of(dict, stack.pop()), stack[-1]
                     if type(target) is Inert:
-                        target.state.update(state)
+                        if target.state:
+                            raise _Refused("it fills an object twice")
+                        target.state = state
                     else:
                         _of(dict, target)  # an OrderedDict's own attributes, such as the versions of a state dict
                 case "BINPERSID":
@@ -262,7 +266,11 @@ class _Pickle:
         raise _Refused("its pickle has no end")
 
     def _outside(self, what: Any, kind: Name, *where: Any) -> Any:
-        """What a persistent id stands for: numbers beside the pickle or, before torch 1.6, a class with its source."""
+        """What a persistent id stands for: numbers `(count,)` beside the pickle or, before torch 1.6, a class's `Name`.
+
+        Raises:
+            _Refused: they are more than the file can hold, of an unknown type, or declared in two ways.
+        """
         if what == "module":
             return _of(Name, kind)
         key, _, count, *view = where
@@ -270,14 +278,29 @@ class _Pickle:
         if what != "storage" or any(view) or _of(int, count) < 0:
             raise _Refused("its numbers are stored in an unknown way")
         if _of(str, key) not in self.storages:
-            self.limit -= count * dtype.itemsize
-            if self.limit < 0:
+            self.undeclared -= count * dtype.itemsize
+            if self.undeclared < 0:
                 raise _Refused("it declares more numbers than it holds")
             self.storages[key] = torch.empty(count, dtype=dtype)
         flat = self.storages[key]
         if flat.dtype != dtype or len(flat) != count:
             raise _Refused("it declares the same numbers in two ways")
         return flat
+
+    def _tensor(
+        self, flat: Tensor, offset: int, shape: tuple, stride: tuple, grad: bool, hooks: Any, metadata: Any = None
+    ) -> Tensor:
+        """A view of stored numbers. Views may share them, but together they are no larger than the file."""
+        if metadata:  # such as a sign that is still to be turned
+            raise _Refused("a tensor is more than its numbers")
+        sizes = [_of(int, size) for size in (offset, *_of(tuple, shape), *_of(tuple, stride))]
+        last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        if min(sizes) < 0 or len(shape) > 8 or last >= len(_of(Tensor, flat)):
+            raise _Refused("a tensor is larger than its numbers")
+        self.unmade -= math.prod(shape) * flat.itemsize
+        if self.unmade < 0:
+            raise _Refused("its tensors are larger than the file")
+        return flat.as_strided(shape, stride, offset)
 
 
 def _of(kind: type, value: Any) -> Any:
@@ -287,8 +310,9 @@ def _of(kind: type, value: Any) -> Any:
 
 
 def _key(key: Any) -> Any:
-    """Of a dict; the hash of a deeply nested tuple would end the process."""
-    if type(key) not in (str, int, Name) or (type(key) is str and len(key) > _LONGEST_KEY):
+    """Of a dict: a name or a count. The hash of a nested tuple may end the process, those of large integers collide."""
+    short = type(key) is str and len(key) <= _LONGEST_KEY
+    if not (short or type(key) is Name or (type(key) is int and 0 <= key < 2**31)):
         raise _Refused("its pickle has a dict with keys that are no names")
     return key
 
@@ -300,21 +324,12 @@ def _name(argument: str) -> Name:
     return Name(path)
 
 
-def _tensor(flat: Tensor, offset: int, shape: tuple, stride: tuple, *_: Any) -> Tensor:
-    """A view of stored numbers; none is larger than they are, so that a file cannot ask for more than it holds."""
-    sizes = [_of(int, size) for size in (offset, *_of(tuple, shape), *_of(tuple, stride))]
-    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    if min(sizes) < 0 or len(shape) > 8 or math.prod(shape) > len(_of(Tensor, flat)) or last >= len(flat):
-        raise _Refused("a tensor is larger than its numbers")
-    return flat.as_strided(shape, stride, offset)
-
-
-# Our own functions in place of those that a file calls.
+# Our own functions in place of those that a file calls; their first argument is the reader.
 _CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": lambda: {},
-    "collections.defaultdict": lambda _: {},
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "collections.OrderedDict": lambda reader: {},
+    "collections.defaultdict": lambda reader, factory: {},
+    "torch._utils._rebuild_tensor_v2": _Pickle._tensor,
+    "torch._utils._rebuild_parameter": lambda reader, tensor, grad, hooks: tensor,
     "torch.device": lambda *_: None,
     "__builtin__.set": lambda *_: None,
 }
@@ -328,11 +343,17 @@ def tensors(path: str | Path, tree: Any) -> dict[str, Tensor]:
     """
     found = tree
     if type(tree) is Inert:
-        found = {}
+        found, seen = {}, set()
         for prefix, module in modules(path, tree):
-            held = [module.state.get(part) for part in ("_parameters", "_buffers")]
-            for name, tensor in (item for part in held if type(part) is dict for item in part.items()):
-                found |= {} if tensor is None else {f"{prefix}{name}": tensor}
+            for part in (module.state.get("_parameters"), module.state.get("_buffers")):
+                if id(part) in seen:  # a small file could make much of one dict in many modules
+                    raise ArtefactError(f"{path} holds no tree of modules", FETCH_AGAIN)
+                if type(part) is dict:
+                    seen.add(id(part))
+                    found |= {f"{prefix}{name}": tensor for name, tensor in part.items() if tensor is not None}
+    if type(found) is dict and type(found.get("state_dict")) is dict:
+        hint = "`dvae import vqgan` reads those of VQGANs; of another model give the state dict alone"
+        raise ArtefactError(f"{path} is a checkpoint of a training, with a state dict among other things", hint)
     if type(found) is not dict or not found or not all(type(tensor) is Tensor for tensor in found.values()):
         raise ArtefactError(f"{path} holds neither a module nor a state dict", FETCH_AGAIN)
     return found

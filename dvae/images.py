@@ -16,7 +16,7 @@ from einops import rearrange
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from dvae.errors import DataError
+from dvae.errors import DataError, UserError
 from dvae.files import replacing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # an allow-list: most holes of decoders are in formats nobody needs
@@ -243,6 +243,17 @@ def _resize(image: Tensor, top: int, left: int, side: int, size: int, resampling
 
 def _tensor(picture: Image.Image) -> Tensor:
     return rearrange(torch.from_numpy(np.array(picture)), "h w c -> c h w").contiguous()
+
+
+def check_batch(images: Tensor, side: int) -> None:
+    """Raises UserError if these are not pictures for a model: floats `(B, 3, side, side)`."""
+    if images.ndim != 4 or images.shape[1:] != (3, side, side):
+        raise UserError(
+            f"images of shape {tuple(images.shape)} do not fit this model",
+            f"it reads (batch, 3, {side}, {side}); dvae.images.square crops and scales a picture",
+        )
+    if not images.is_floating_point():
+        raise UserError(f"images of {images.dtype} are no floats in [0, 1]", "divide bytes: images.float() / 255")
 
 
 def to_uint8(images: Tensor) -> Tensor:

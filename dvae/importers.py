@@ -22,9 +22,13 @@ from dvae.vqgan import VQGAN, VQGANConfig
 
 # ------------------------------------------------------------------------------------------------------ every release
 
+_TENSORS = 8  # at least, in a residual block of either release: four convolutions, or two and two normalisations
+
 
 def check_new(out: str) -> None:
-    """Raises UserError if the folder is there and not empty."""
+    """Raises UserError if `out` is a file, or a folder that is not empty."""
+    if Path(out).is_file():
+        raise UserError(f"{out} is a file", "name a folder with --out, new or empty")
     if Path(out).exists() and any(Path(out).iterdir()):
         raise UserError(f"{out} is not empty", "choose another folder with --out, or remove that one")
 
@@ -32,11 +36,11 @@ def check_new(out: str) -> None:
 def renamed(
     path: str | Path, found: Mapping[str, Tensor], keys: Mapping[str, str], model: nn.Module
 ) -> dict[str, Tensor]:
-    """The tensors of a file under our names, contiguous and in float32.
+    """The tensors of a file under our names, contiguous and in float32, of the shapes that they had.
 
     Args:
         path: the file, for what is said of it.
-        found: its tensors by their own keys.
+        found: its tensors by their own keys, float32 or float16.
         keys: the keys that it must have, no more and no fewer -> our key of each.
         model: ours, with the shapes that they must have.
 
@@ -68,8 +72,35 @@ def renamed(
     return {ours: found[key].float().contiguous() for key, ours in keys.items()}
 
 
-def write(model: ImageTokenizer, out: str, about: dict[str, Any]) -> None:
-    """Save an imported tokenizer as RUN/model, wholly or not at all, and say what was written and what to do next."""
+def opened(path: str) -> tuple[Any, dict[str, str]]:
+    """What a file holds, see `dvae.foreign.read`, and where that came from, for the artefact.
+
+    Raises:
+        ArtefactError: as `read`, or the file was changed meanwhile.
+    """
+    digest = files.sha256_file(path) if Path(path).is_file() else None
+    tree = read(path)
+    if files.sha256_file(path) != digest:
+        raise ArtefactError(f"{path} was changed while it was read", "wait until it is written, and import it again")
+    return tree, {"file": Path(path).name, "sha256": digest}
+
+
+def unfilled(kind: type[nn.Module], config: Any, path: str) -> nn.Module:
+    """A model of sizes that a file tells, without numbers.
+
+    Raises:
+        ArtefactError: the sizes are beyond all measure.
+    """
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except RuntimeError as error:  # so many bytes cannot be counted
+        raise ArtefactError(f"{path} has the shapes of no model", FETCH_AGAIN) from error
+
+
+def write(model: ImageTokenizer, weights: Mapping[str, Tensor], out: str, about: dict[str, Any]) -> None:
+    """Fill a tokenizer and save it as RUN/model, wholly or not at all, and say what was written and what to do next."""
+    model.load_state_dict(weights, assign=True)
     new = not Path(out).exists()
     try:
         model.save(Path(out) / "model", about)
@@ -80,11 +111,6 @@ def write(model: ImageTokenizer, out: str, about: dict[str, Any]) -> None:
     print(f"wrote {Path(out) / 'model'}: {side} x {side} pixels <-> {h} x {w} cells of {model.vocab_size:,} codes")
     print(f"next: dvae reconstruct {out} IMAGES --out pictures")
     print(f"      dalle prepare IMAGES --dvae {out} --out tokens")
-
-
-def origin(path: str) -> dict[str, str]:
-    """Where weights came from, for the artefact."""
-    return {"file": Path(path).name, "sha256": files.sha256_file(path)}
 
 
 # ------------------------------------------------------------------------------------------------------ OpenAI's dVAE
@@ -104,22 +130,21 @@ def openai(encoder: str, decoder: str, out: str = "openai-dvae", image_size: int
     """
     check_new(out)
     halves = {"encoder": encoder, "decoder": decoder}
-    trees = {half: read(path) for half, path in halves.items()}
+    trees, origins = {}, {}
+    for half, path in halves.items():
+        trees[half], origins[half] = opened(path)
     found = {half: tensors(path, trees[half]) for half, path in halves.items()}
     sizes = {half: _sizes(half, path, found[half]) for half, path in halves.items()}
-    config = replace(_config(halves, sizes), image_size=image_size)
-    with torch.device("meta"):
-        model = DVAE(config)
-    state = {}
+    model = unfilled(DVAE, replace(_config(halves, sizes), image_size=image_size), encoder)
+    weights: dict[str, Tensor] = {}
     for half, path in halves.items():
-        _check_gain(path, trees[half], config.residual_gain)
-        state |= renamed(path, found[half], _keys(half, model), model)
-    model.load_state_dict(state, assign=True)
+        _check_gain(path, trees[half], model.config.residual_gain)
+        weights |= renamed(path, found[half], _keys(half, model), model)
     about = {
         "imported": "the discrete VAE of OpenAI's DALL-E (github.com/openai/DALL-E)",
         "licence": "OpenAI's modified MIT licence, which asks you to say that the model was used",
     }
-    write(model, out, about | {half: origin(path) for half, path in halves.items()})
+    write(model, weights, out, about | origins)
 
 
 def _sizes(half: str, path: str, found: Mapping[str, Tensor]) -> dict[str, int]:
@@ -139,6 +164,10 @@ def _sizes(half: str, path: str, found: Mapping[str, Tensor]) -> dict[str, int]:
         sizes |= {"vocab_size": first[1], "hidden": last[1], "code_width": first[0]}
     if not blocks or (half == "encoder" and last[1] != first[0] << (sizes["groups"] - 1)):
         raise ArtefactError(f"{what}: its width does not double from group to group", hint)
+    if _TENSORS * sizes["groups"] * sizes["blocks"] > len(found):
+        raise ArtefactError(
+            f"{what}: {len(found)} tensors are too few for {sizes['groups']} groups of {sizes['blocks']} blocks", hint
+        )
     return sizes
 
 
@@ -208,22 +237,19 @@ def vqgan(checkpoint: str, out: str = "vqgan", image_size: int = 256) -> None:
             The published ones were trained at 256.
     """
     check_new(out)
-    tree = read(checkpoint)
+    tree, origin = opened(checkpoint)
     state = tree["state_dict"] if type(tree) is dict and "state_dict" in tree else tree
     found = tensors(checkpoint, state)
-    of_training = [key for key in found if str(key).startswith("loss.")]
-    weights = {key: tensor for key, tensor in found.items() if key not in of_training}
-    config = replace(_vqgan_config(checkpoint, weights), image_size=image_size)
-    with torch.device("meta"):
-        model = VQGAN(config)
-    model.load_state_dict(renamed(checkpoint, weights, _vqgan_keys(model), model), assign=True)
+    of_training = {key for key in found if str(key).startswith("loss.")}
+    theirs = {key: tensor for key, tensor in found.items() if key not in of_training}
+    model = unfilled(VQGAN, replace(_vqgan_config(checkpoint, theirs), image_size=image_size), checkpoint)
     about: dict[str, Any] = {
         "imported": "a VQGAN of taming-transformers (github.com/CompVis/taming-transformers)",
         "licence": "the code's is MIT; ask those who published the weights for theirs",
-        "checkpoint": origin(checkpoint),
+        "checkpoint": origin,
         "left_out": sorted({".".join(key.split(".")[:2]) for key in of_training}),
     }
-    write(model, out, about)
+    write(model, renamed(checkpoint, theirs, _vqgan_keys(model), model), out, about)
     if of_training:
         print(f"left out, for only its training needs them: {len(of_training)} tensors of {shown(about['left_out'])}")
 
@@ -246,13 +272,16 @@ def _vqgan_config(path: str, found: Mapping[str, Tensor]) -> VQGANConfig:
     widths = [shape(f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
     if not 0 < levels <= _MOST_LEVELS or not hidden or any(width % hidden for width in widths):
         raise ArtefactError(f"{what}: its levels have {widths} channels, and its first convolution has {hidden}", hint)
+    blocks = len({block for _, block in places})
+    if _TENSORS * levels * (2 * blocks + 1) > len(found):  # the decoder has one more in each level
+        raise ArtefactError(f"{what}: {len(found)} tensors are too few for {levels} levels of {blocks} blocks", hint)
     try:
         return VQGANConfig(
             image_size=2 ** (levels - 1),
             vocab_size=vocab_size,
             hidden=hidden,
             multipliers=tuple(width // hidden for width in widths),
-            blocks=len({block for _, block in places}),
+            blocks=blocks,
             attention=tuple(k for k in range(levels) if f"encoder.down.{k}.attn.0.norm.weight" in found),
             latent=latent,
             code_width=code_width,

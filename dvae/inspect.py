@@ -63,8 +63,8 @@ def codebook(run: str, data: str, out: str = "out", count: PositiveInt | None = 
         data: any data source: scenes:val, a folder, a listing, tars, Parquet files, a Hub data set.
         out: folder to write codebook.json and the pictures to: usage.png (how often each code is used), cells.png (how
             varied each cell of the grid is), atlas.png and alone.png (every code in use, the most used first: its mean
-            patch in reconstructions, and painted with only itself around), most_used.png (the first of these with their
-            numbers) and codes.png (some codes from all sides).
+            patch in reconstructions, and painted with only itself around, on 8 x 8 cells where the grid is larger),
+            most_used.png (the first of these with their numbers) and codes.png (some codes from all sides).
         count: how many pictures are looked at, evenly spread over the source; null: all.
     """
     model, source = _open(run, data, out)
@@ -82,7 +82,7 @@ def codebook(run: str, data: str, out: str = "out", count: PositiveInt | None = 
         "atlas.png": drawings.atlas(seen.painted, counts),
         "alone.png": drawings.atlas(alone, counts),
         "most_used.png": drawings.labelled_atlas(seen.painted, counts, title="code, and its share of all cells"),
-        "codes.png": _from_all_sides(seen, alone, examples),
+        "codes.png": _from_all_sides(seen, alone, codes.grid_alone(model), examples),
     }
     for name, picture in drawn.items():
         save(picture, folder / name)
@@ -255,7 +255,9 @@ def _alone(model: ImageTokenizer, counts: Tensor, examples: list[dict[str, Any]]
     return painted.new_zeros(len(counts), *painted.shape[1:]).index_copy_(0, shown, painted)
 
 
-def _from_all_sides(seen: codes.Observed, alone: Tensor, examples: list[dict[str, Any]]) -> Tensor:
+def _from_all_sides(
+    seen: codes.Observed, alone: Tensor, grid_alone: tuple[int, int], examples: list[dict[str, Any]]
+) -> Tensor:
     """A row a code: what stands under it in the data, what it paints, and its neighbours."""
     rows, share = [], seen.usage.counts / seen.usage.counts.sum()
     for example in examples:
@@ -269,7 +271,8 @@ def _from_all_sides(seen: codes.Observed, alone: Tensor, examples: list[dict[str
         text = f"code {code}: {share[code]:.2%} of all cells"
         rows.append((text, to_uint8(torch.stack(patches)), [Label(label) for label in labels]))
     near = "near: nearest in code space; swap: exchanged for it, the picture changes least (both painted alone)"
-    return sheet(rows, side=72, title=f"typical: patches of the data that the encoder is surest of; {near}")
+    painted = f"alone: {grid_alone[0]} x {grid_alone[1]} cells of it"
+    return sheet(rows, side=72, title=f"{painted}; typical: patches of the data that the encoder is surest of; {near}")
 
 
 def _worst(model: ImageTokenizer, originals: Tensor, found: list[dict[str, Any]]) -> Tensor:

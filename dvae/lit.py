@@ -69,8 +69,9 @@ class Told(Dataset):
 
 
 def deaf(worker: int) -> None:
-    """A Ctrl-C reaches the loading processes too; only the training decides what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A Ctrl-C or a termination may reach the loading processes too; only the training decides what it means."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def training_loader(dataset: Dataset, batch: int, seed: int, workers: int, trainer: Trainer) -> DataLoader:
@@ -281,9 +282,11 @@ class Validation(Callback):
                 f"the validation loss after update {trainer.global_step} is {metrics['val/loss']}",
                 "the kept artefact and the last checkpoint are good; lower the learning rate",
             )
-        self.improved = metrics["val/loss"] < self.best
-        if self.improved and trainer.is_global_zero:
+        # processes must agree, for all of them write the checkpoint of what has improved, or none
+        self.improved = trainer.strategy.broadcast(metrics["val/loss"] < self.best)
+        if self.improved:
             self.best = metrics["val/loss"]
+        if self.improved and trainer.is_global_zero:
             about = {"step": trainer.global_step, **{k: float(v) for k, v in metrics.items()}}
             module.save(run_folder(trainer) / "model", about)
 
@@ -302,6 +305,32 @@ class Validation(Callback):
 WHOLE = False  # Lightning's `weights_only` of a save: optimiser and counters are written too
 
 
+def check_counts(trainer: Any, optimiser: Optimiser) -> None:
+    """Refuse settings of a trainer that contradict each other, before anything is written."""
+    accumulate, interval = trainer.accumulate_grad_batches, trainer.val_check_interval
+    if trainer.gradient_clip_val is not None:
+        raise UserError("trainer.gradient_clip_val is set", "clip with model.optimiser.clip instead")
+    if trainer.max_steps < 1:
+        raise UserError("trainer.max_steps is not set", "a training here is counted in updates: set max_steps")
+    if trainer.check_val_every_n_epoch is not None or not isinstance(interval, int) or interval % accumulate:
+        raise UserError(
+            f"trainer.val_check_interval is {interval} with check_val_every_n_epoch {trainer.check_val_every_n_epoch}",
+            f"set check_val_every_n_epoch to null and val_check_interval to a whole number of batches, a multiple of "
+            f"accumulate_grad_batches ({accumulate})",
+        )
+    if trainer.max_steps * accumulate % interval:
+        raise UserError(
+            f"{trainer.max_steps} updates of {accumulate} batches do not end at a validation ({interval} batches)",
+            f"make max_steps a multiple of {interval // accumulate}, so that the final weights are validated",
+        )
+    if optimiser.ema_every > interval // accumulate:
+        raise UserError(
+            f"optimiser.ema_every is {optimiser.ema_every}, but validations are {interval // accumulate} updates apart",
+            "averaged weights that have not moved would be judged: "
+            f"set ema_every to {interval // accumulate} or less, such as 1, or validate less often",
+        )
+
+
 class Checkpoints(Checkpoint):
     """Logs, saves and stops at the border of an update, where nothing is half done.
 
@@ -314,26 +343,6 @@ class Checkpoints(Checkpoint):
         self.stop = 0  # the signal that asked for it
 
     def on_fit_start(self, trainer: Trainer, module: Lit) -> None:
-        accumulate, interval, epochs = (
-            trainer.accumulate_grad_batches,
-            trainer.val_check_interval,
-            trainer.check_val_every_n_epoch,
-        )
-        if trainer.gradient_clip_val is not None:
-            raise UserError("trainer.gradient_clip_val is set", "clip with model.optimiser.clip instead")
-        if trainer.max_steps < 1:
-            raise UserError("trainer.max_steps is not set", "a training here is counted in updates: set max_steps")
-        if epochs is not None or not isinstance(interval, int) or interval % accumulate:
-            raise UserError(
-                f"trainer.val_check_interval is {interval} with check_val_every_n_epoch {epochs}",
-                f"set check_val_every_n_epoch to null and val_check_interval to a whole number of batches, a multiple "
-                f"of accumulate_grad_batches ({accumulate})",
-            )
-        if trainer.max_steps * accumulate % interval:
-            raise UserError(
-                f"{trainer.max_steps} updates of {accumulate} batches do not end at a validation ({interval} batches)",
-                f"make max_steps a multiple of {interval // accumulate}, so that the final weights are validated",
-            )
         if trainer.is_global_zero:
             for folder in (".", "checkpoints", "samples", "model", "data", "data/val"):
                 sweep(run_folder(trainer) / folder)
@@ -603,7 +612,6 @@ class Command(LightningCLI):
     """`fit`, `validate` and `test` of one stage; one YAML is one experiment."""
 
     def __init__(self, module: type[Lit], data: type[Data], args: Sequence[str]):
-        torch.set_float32_matmul_precision("high")  # lets a GPU use its matrix units for what stays in float32
         super().__init__(
             module,
             data,
@@ -670,6 +678,7 @@ class Command(LightningCLI):
         loggers = chosen if isinstance(chosen, list) else [chosen] if isinstance(chosen, Logger) else []
         loggers = [Guest(logger) for logger in loggers]
         if self.subcommand == "fit":
+            check_counts(trainer, self.model.optimiser)
             self.keep_config(run, continues=config.ckpt_path is not None)
             step = None if checkpoint is None else saved_step(checkpoint)
             loggers = [MetricsFile(run / "metrics.csv", step), *loggers]
@@ -818,7 +827,8 @@ def run(command: type[Command], module: type[Lit], data: type[Data], args: Seque
         logging.getLogger(name).setLevel(logging.WARNING)  # no advertisements
     with warnings.catch_warnings():
         # advice that does not fit an endless epoch, or a call from within Python
-        for advice in ("num_workers", "LeafSpec", "many workers", "IterableDataset", "args parameter"):
+        advices = ("num_workers", "LeafSpec", "many workers", "worker processes", "IterableDataset", "args parameter")
+        for advice in (*advices, "sync_dist"):  # every process validates on everything
             warnings.filterwarnings("ignore", message=f".*{advice}.*")
         try:
             return command(module, data, args)

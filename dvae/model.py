@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from dvae import artefact
 from dvae.errors import UserError
+from dvae.images import check_batch
 from dvae.likelihood import likelihood
 from dvae.quantize import GumbelSoftmax, Quantized
 
@@ -61,8 +62,8 @@ class DVAEConfig:
 
     def __post_init__(self):
         for name in ("image_size", "vocab_size", "hidden", "groups", "blocks", "bottleneck", "code_width", "patch"):
-            _whole(name, getattr(self, name))
-        _whole("kernel", self.kernel)
+            check_whole(name, getattr(self, name))
+        check_whole("kernel", self.kernel)
         if self.kernel < self.patch or (self.kernel - self.patch) % 2:
             raise UserError(
                 f"kernel {self.kernel} does not fit patch {self.patch}",
@@ -100,7 +101,8 @@ class DVAEConfig:
         return 1 / (self.groups * self.blocks) ** 2 if self.gain is None else self.gain
 
 
-def _whole(name: str, value: int) -> None:
+def check_whole(name: str, value: int) -> None:
+    """Raises UserError if a size is not 1, 2, 3, ...; 8.0 and True are none."""
     if type(value) is not int or value < 1:
         raise UserError(f"{name} is {value!r}", f"{name} must be a whole number, at least 1")
 
@@ -260,14 +262,7 @@ class DVAE(nn.Module):
         Raises:
             UserError: when the pictures are not of the size that the model was made for, or no floats.
         """
-        side = self.config.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, side, side):
-            raise UserError(
-                f"images of shape {tuple(images.shape)} do not fit this model",
-                f"it reads (batch, 3, {side}, {side}); dvae.images.square crops and scales a picture",
-            )
-        if not images.is_floating_point():
-            raise UserError(f"images of {images.dtype} are no floats in [0, 1]", "divide bytes: images.float() / 255")
+        check_batch(images, self.config.image_size)
         output = self.encoder(self.likelihood.inmap(images))
         return output if self.sphere is None else self.sphere.logits(output)
 

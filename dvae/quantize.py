@@ -8,8 +8,8 @@
 | `GumbelSoftmax`   | the dVAE of DALL-E  | a draw from K codes     | KL to the uniform distribution             |
 
 The encoder's last layer has as many channels as a bottleneck reads, the decoder's first one as many as it gives; all
-else may be the same. Nothing here knows pictures or what weight the penalty has in a loss. Noise is drawn on the CPU
-from `generator`, so that it is the same on every device.
+else may be the same. Nothing here knows pictures or what weight the penalty has in a loss. Noise is drawn
+where `generator` lives: one of the CPU gives the same on every device, one of a GPU does not keep it waiting.
 
 B batch, D channels, K codes, h w grid.
 """
@@ -56,7 +56,7 @@ class Gaussian(nn.Module):
 
     def forward(self, features: Tensor, temperature: float, generator: torch.Generator) -> Quantized:
         mean, log_variance = features.float().chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
         z = mean + temperature * (log_variance / 2).exp() * noise
         return Quantized(z, None, kl_to_normal(mean, log_variance))
 
@@ -137,7 +137,8 @@ class GumbelSoftmax(nn.Module):
     def forward(self, features: Tensor, temperature: float, generator: torch.Generator) -> Quantized:
         # uniform numbers and two logarithms are several times faster on a CPU than exponential ones; a 0 becomes -inf,
         # which only means that this code is not drawn
-        noise = -torch.rand(features.shape, generator=generator).log_().neg_().log_().to(features.device)
+        uniform = torch.rand(features.shape, generator=generator, device=generator.device)
+        noise = -uniform.log_().neg_().log_().to(features.device)
         z = F.softmax((features.float() + noise) / temperature, dim=1)
         if self.straight_through and self.training:
             hard = F.one_hot(z.argmax(1), z.shape[1]).movedim(-1, 1).to(z.dtype)

@@ -17,9 +17,9 @@ def key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "little") >> 1
 
 
-def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator for torch, keyed by `parts`."""
-    return torch.Generator().manual_seed(key(*parts))
+def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for torch, keyed by `parts`; that of another kind of device gives other numbers."""
+    return torch.Generator(device).manual_seed(key(*parts))
 
 
 def rng(*parts: int | str) -> np.random.Generator:

@@ -177,6 +177,10 @@ class LitDVAE(lit.Lit):
             raise UserError(
                 f"temperature goes from {temperature.start} to {temperature.end}", "give values above 0, such as 0.0625"
             )
+        if min(kl_weight.start, kl_weight.start if kl_weight.end is None else kl_weight.end) < 0:
+            raise UserError(
+                f"kl_weight goes from {kl_weight.start} to {kl_weight.end}", "give weights from 0 on, such as 6.6"
+            )
         self.temperature, self.kl_weight, self.usage_weight = temperature, kl_weight, usage_weight
         self.revival = revival
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -196,6 +200,7 @@ class LitDVAE(lit.Lit):
                 )
             self.model.load_state_dict(start.state_dict())
         self.model.to(memory_format=self.memory_format)
+        self.collapsed = False
         if revival is not None:
             if self.model.sphere is None:
                 raise UserError("revival is set, but the codes are not tied", "set config.tied, or revival to null")
@@ -210,16 +215,19 @@ class LitDVAE(lit.Lit):
     def step(self, batch: dict[str, Any], update: int, batch_index: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         images = self.pictures(batch)
         temperature, beta = self.temperature(update), self.kl_weight(update)
-        weight = 0.0 if self.usage_weight is None else self.usage_weight(update)
-        noise = seeds.generator(self.seed, "gumbel", batch_index, self.global_rank)
+        noise = seeds.generator(self.seed, "gumbel", batch_index, self.global_rank, device=self.device)
         raw, logits, quantized = self.model(images, temperature, noise)
         each = self.model.likelihood.nll(raw, images)
         if self.revival is not None:
             self.watch(quantized.tokens, each.detach() - each.detach().min())
         nll = each.mean()
         kl = quantized.penalty.mean()  # nats per picture
-        gap = usage_gap(logits)
-        loss = nll + beta * kl / images[0].numel() + weight * gap
+        loss = nll + beta * kl / images[0].numel()
+        if self.usage_weight is None:
+            gap = usage_gap(logits.detach())
+        else:
+            gap = usage_gap(logits)
+            loss = loss + self.usage_weight(update) * gap
         cells = quantized.tokens[0].numel()
         return loss, {
             "train/loss": loss.detach(),
@@ -299,10 +307,12 @@ class LitDVAE(lit.Lit):
         """
         pictures = self.seen["pictures"]
         codes = usage(torch.empty(0, dtype=torch.int64), self.model.vocab_size)._replace(counts=self.counts)
-        if codes.used < 0.1:
+        collapsed, self.collapsed = self.collapsed, codes.used < 0.1
+        if self.collapsed and not collapsed:  # told once, until it has recovered
+            weights = "usage_weight" if self.usage_weight else "kl_weight, or give usage_weight (0.02 is a start)"
             warn(
                 f"only {codes.used:.1%} of the {self.model.vocab_size} codes are in use: the codebook has collapsed",
-                "raise usage_weight (0.02 is a start), lower the learning rate, or let the temperature fall slower",
+                f"lower the learning rate, let the temperature fall slower, or raise {weights}",
             )
         return {
             "val/loss": self.seen["nll"] / pictures,

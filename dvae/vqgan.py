@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from dvae import artefact
 from dvae.errors import UserError
+from dvae.images import check_batch
+from dvae.model import check_whole
 
 NORM_GROUPS = 32
 QUANTIZERS = ("nearest", "gumbel")
@@ -54,16 +56,18 @@ class VQGANConfig:
         for name in ("multipliers", "attention"):  # JSON brings lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("image_size", "vocab_size", "hidden", "blocks", "latent", "code_width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}", f"{name} must be at least 1")
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise UserError(f"multipliers are {list(self.multipliers)}", "give one of at least 1 for each level")
+            check_whole(name, getattr(self, name))
+        if not self.multipliers:
+            raise UserError("multipliers are []", "give one for each level")
+        for multiplier in self.multipliers:
+            check_whole("a multiplier", multiplier)
         if self.hidden % NORM_GROUPS:
             raise UserError(
                 f"hidden is {self.hidden}, which the {NORM_GROUPS} groups of its normalisation do not divide",
                 f"choose a multiple of {NORM_GROUPS}",
             )
-        if not set(self.attention) <= set(range(len(self.multipliers))):
+        levels = range(len(self.multipliers))
+        if not all(type(level) is int and level in levels for level in self.attention):
             raise UserError(
                 f"attention is at levels {list(self.attention)}, but there are {len(self.multipliers)} levels",
                 f"name levels of 0 to {len(self.multipliers) - 1}",
@@ -200,14 +204,9 @@ class VQGAN(nn.Module):
         codes where all are equally frequent and each spreads z around itself by a Gaussian of variance 1/2 a channel.
 
         Raises:
-            UserError: when the pictures are not of the size that the model was made for.
+            UserError: when the pictures are not of the size that the model was made for, or no floats.
         """
-        side = self.config.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, side, side):
-            raise UserError(
-                f"images of shape {tuple(images.shape)} do not fit this model",
-                f"it reads (batch, 3, {side}, {side}); dvae.images.square crops and scales a picture",
-            )
+        check_batch(images, self.config.image_size)
         z = self.quant_conv(self.encoder(2 * images - 1))
         if self.projection is not None:
             return self.projection(z)

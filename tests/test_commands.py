@@ -76,10 +76,78 @@ def test_an_unknown_command(name, capsys):
     assert "nonsense" in what and f"{name} --help" in hint
 
 
-@pytest.mark.parametrize("args", [["import"], ["import", "clip"], ["import", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("args", [["import"], ["import", "clip"], ["import", "clip", "--help"]], ids=" ".join)
 def test_an_import_of_nothing_that_is_known(args, capsys):
     what, hint = refused(capsys, dvae, args, 2)
     assert what == "error: dvae import must be followed by what: openai, vqgan" and hint == "hint: see dvae --help"
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "help"])
+def test_help_of_the_first_of_two_words(flag, capsys):
+    assert run(dvae, ["import", flag]) == 0
+    out = capsys.readouterr().out
+    assert "dvae import openai ENCODER DECODER" in out and "dvae import vqgan CHECKPOINT" in out
+
+
+def test_help_shows_settings_in_dotted_form_and_no_option_of_that_name(capsys):
+    assert run(dalle, ["describe", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--model.depth 32 --data.batch_size 1" in " ".join(out.split()) and "--settings" not in out
+
+
+SIZES = "{vocab_text, text_length, vocab_image, grid} or null"
+PLATEAU = "{window, patience, threshold, halvings} or null"
+GROUP = "it takes its settings, each by its name"
+
+
+@pytest.mark.parametrize(
+    "setting, value, what",
+    [
+        ("expects", "{vocab_text: 400}",
+         f"model.expects takes {SIZES}: the following arguments are required: text_length, vocab_image, grid"),
+        ("expects", "foo", f"model.expects is foo; it takes {SIZES}"),
+        ("optimiser.plateau", "true", f"model.optimiser.plateau is true; it takes {PLATEAU}"),
+        ("optimiser.plateau", "{windows: 2}",
+         f"model.optimiser.plateau is {{'windows': 2}}; it takes {PLATEAU}: Option 'windows' is not accepted"),
+        ("optimiser.plateau.window", "x", f"model.optimiser.plateau takes {PLATEAU}: window is x; it takes int"),
+        ("optimiser", "{clip: x}", "model.optimiser.clip is x; it takes float or null"),
+        ("optimiser.learning_rate.warmup", "x", "model.optimiser.learning_rate.warmup is x; it takes int"),
+        ("kl_weight", "null", f"model.kl_weight is null; {GROUP}"),
+        ("kl_weight", "-1", f"model.kl_weight is -1; {GROUP}"),
+        ("kl_weight", "{start: x}", "model.kl_weight.start is x; it takes float"),
+        ("nosuch", "3", "unrecognized arguments: --model.nosuch 3"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_of_a_training_is_told_by_its_name_its_value_and_what_it_takes(
+    setting, value, what, tmp_path, capsys
+):
+    name = "dvae" if setting == "kl_weight" else "dalle"
+    args = ["fit", "--config", f"{name}/demo", "--run", tmp_path, f"--model.{setting}", value]
+    told, hint = refused(capsys, PROGRAMS[name][0], args, 2)
+    assert told == f"error: {what}" and hint == "hint: --help lists every setting with its meaning"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_choice_names_every_type(tmp_path, capsys):
+    args = ["fit", "--config", "dvae/demo", "--run", tmp_path, "--trainer.logger", "nosuch"]
+    what, _, takes = refused(capsys, dvae, args, 2)[0].partition("; it takes ")
+    assert what == "error: trainer.logger is nosuch" and takes.endswith(" or null")
+    assert {*takes.split(" or ")} == {"Logger", "Iterable[Logger]", "bool", "null"}
+    what = refused(capsys, dvae, [*args[:-2], "--trainer.precision", "8"], 2)[0]
+    assert what.startswith("error: trainer.precision is 8; it takes 64, 32, 16 or 'transformer-engine', ")
+    assert what.endswith("'32-true', '64-true' or '64', '32', '16', 'bf16' or null")
+
+
+@pytest.mark.parametrize("command", [["describe"], ["fit", "--config"]], ids=" ".join)
+def test_a_run_or_a_part_of_a_name_in_place_of_a_config(command, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("model: {}\n")
+    for given, hint in (
+        (tmp_path, f"it is the folder of a run: give {tmp_path / 'config.yaml'}"),
+        ("emoji", "give dalle/emoji or dvae/emoji"),
+        ("moji", "give a path, or one of the shipped names: dalle/cifar10, dalle/demo, "),
+    ):
+        what, told = refused(capsys, dalle, [*command, given], 2)
+        assert what == f"error: there is no config {given}" and told.startswith(f"hint: {hint}")
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,9 @@ SHORT += ["--trainer.accumulate_grad_batches=1", "--trainer.precision=32-true", 
 SHORT += ["--data.batch_size=4", "--data.workers=0"]
 SMALL = {
     "dvae": ["--model.config.hidden=8", "--model.config.vocab_size=16"],
-    "dalle": ["--model.depth=1", "--model.width=16", "--model.heads=2", "--model.prompts=1", "--model.expects=null"],
-}
+    "dalle": ["--model.depth=1", "--model.width=16", "--model.heads=2", "--model.prompts=1", "--model.expects=null",
+              "--model.optimiser.ema_every=1"],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -124,8 +125,8 @@ CONTRADICTIONS = {  # what is set, in the config or in the token folder: the exi
     "sizes that are expected, tokens": (
         ["--model.expects={vocab_text: 300, text_length: 16, vocab_image: 8192, grid: [32, 32]}"],
         (2, "the tokens have other sizes than model.expects: vocab_image 16, not 8192; grid (4, 4), not (32, 32)",
-         "prepare them again with dalle vocab --size 300 --length 16 and an image tokenizer of 8192 codes on a grid of "
-         "32 x 32, or set model.expects to null"),
+         "set model.expects to null to train on these, or prepare others: dalle vocab --size 300 --length 16 and an "
+         "image tokenizer of 8192 codes on a grid of 32 x 32"),
     ),
     "text length, vocabulary": (
         {"text_length": 256},

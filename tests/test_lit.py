@@ -16,6 +16,7 @@ import random
 import re
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import dalle.__main__
 import dvae.__main__
@@ -37,7 +39,7 @@ from dvae.data import open_source
 from dvae.errors import ArtefactError, UserError
 from dvae.images import save as to_png
 from dvae.images import to_uint8
-from dvae.model import Encoder
+from dvae.model import DVAE, Encoder
 from dvae.optim import Optimiser, Plateau, StepSize
 from dvae.schedules import Schedule
 from dvae.tokenizer import load as load_dvae
@@ -191,48 +193,97 @@ def test_metrics_are_appended_and_forgotten_beyond_the_checkpoint(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- updates
 
 
+def gradients_at_the_step(clip: float | None, size: float) -> tuple[list, list, float]:
+    """Gradients of a small network about `size` large, the same when the optimiser gets them, and the norm logged."""
+    found = lit.Lit(Optimiser(Schedule(0.01), clip=clip), 1, 0)
+    found.model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3))
+    found._trainer = SimpleNamespace(global_step=0, precision_plugin=SimpleNamespace())
+    parameters = list(found.model.parameters())
+    for parameter in parameters:
+        parameter.grad = size * torch.randn(parameter.shape)
+    before = [p.grad.clone() for p in parameters]
+    found.on_before_optimizer_step(found.configure_optimizers())
+    return before, [p.grad for p in parameters], found.latest["train/gradient_norm"].item()
+
+
 def test_clip_limits_the_norm_of_the_whole_gradient():
-    trainer = SimpleNamespace(global_step=0, precision_plugin=SimpleNamespace())
     for size, expected in ((100.0, 0.5), (1e-3, None)):
-        found = lit.Lit(Optimiser(Schedule(0.01), clip=0.5), 1, 0)
-        found.model, found._trainer = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3)), trainer
-        parameters = list(found.model.parameters())
-        for parameter in parameters:
-            parameter.grad = size * torch.randn(parameter.shape)
-        before = [p.grad.clone() for p in parameters]
+        before, after, logged = gradients_at_the_step(0.5, size)
         norm = math.sqrt(sum(g.double().square().sum().item() for g in before))
-        found.on_before_optimizer_step(found.configure_optimizers())
         factor = 1.0 if expected is None else expected / norm
-        for gradient, parameter in zip(before, parameters, strict=True):
-            torch.testing.assert_close(parameter.grad, gradient * factor, rtol=1e-4, atol=0)
-        assert found.latest["train/gradient_norm"].item() == pytest.approx(norm, rel=1e-5), "as it was found"
+        for gradient, clipped in zip(before, after, strict=True):
+            torch.testing.assert_close(clipped, gradient * factor, rtol=1e-4, atol=0)
+        assert logged == pytest.approx(norm, rel=1e-5), "as it was found"
+
+
+def test_without_a_clip_gradients_are_left_alone():
+    for size in (1e-3, 1e6):
+        before, after, _ = gradients_at_the_step(None, size)
+        assert all(torch.equal(gradient, same) for gradient, same in zip(before, after, strict=True))
+
+
+def test_temperature_and_beta_are_those_of_the_update(new, monkeypatch):
+    """Temperature as the model is called with it, beta as the loss holds it, of both batches of each update."""
+    run, temperature, beta, used = new("dvae"), Schedule(2.0, 0.5, 5), Schedule(0.0, 6.6, 4), []
+    run.config["trainer"].update(max_steps=6, accumulate_grad_batches=2, val_check_interval=12)
+    run.config["model"].update(temperature=asdict(temperature), kl_weight=asdict(beta))
+    forward, step = DVAE.forward, LitDVAE.step
+
+    def called(self, images, temperature, generator):
+        used.append(temperature)
+        return forward(self, images, temperature, generator)
+
+    def weighed(self, batch, update, batch_index):
+        if batch_index == 0:  # an untrained encoder is nearly uniform: no KL to speak of
+            with torch.no_grad():
+                self.model.encoder.output.weight.mul_(20)
+        loss, numbers = step(self, batch, update, batch_index)
+        penalty = 4 * 4 * numbers["train/kl"] / (3 * 32 * 32)
+        assert penalty > 2e-4
+        used.append(((loss - numbers["train/nll"]) / penalty).item())
+        return loss, numbers
+
+    monkeypatch.setattr(DVAE, "forward", called)
+    monkeypatch.setattr(LitDVAE, "step", weighed)
+    assert run()[0] == 0
+    expected = [of(update) for update in range(6) for _ in range(2) for of in (temperature, beta)]
+    assert used[: len(expected)] == pytest.approx(expected, abs=0.01)  # a validation follows
 
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_averaged_weights_are_the_loop_over_every_so_many_updates(every, new, monkeypatch):
-    run, weights = new("dalle"), []
+    run, weights, validated = new("dalle"), [], []
     run.config["trainer"].update(max_steps=8, accumulate_grad_batches=2, val_check_interval=8)
     run.config["model"]["optimiser"] = {**OPTIMISER, "ema": 0.75, "ema_every": every}
     run.config["model"]["prompts"] = 0
-    real = lit.Checkpoints.on_train_batch_end
+    real, validation_step = lit.Checkpoints.on_train_batch_end, LitDALLE.validation_step
 
     def keep(self, trainer, module, outputs, batch, batch_idx):
         if batch_idx % 2:
             weights.append({name: value.clone() for name, value in module.state_dict().items()})
         real(self, trainer, module, outputs, batch, batch_idx)
 
+    def validate(self, batch, batch_index):
+        if batch_index == 0:
+            validated.append({name: value.clone() for name, value in self.state_dict().items()})
+        validation_step(self, batch, batch_index)
+
     monkeypatch.setattr(lit.Checkpoints, "on_train_batch_end", keep)
+    monkeypatch.setattr(LitDALLE, "validation_step", validate)
     assert run()[0] == 0
     assert len(weights) == 8
-    average = weights[0]
+    averages = [weights[0]]
     for update in range(2, 9):
+        average = averages[-1]
         if (update - 1) % every == 0:
             average = {name: 0.75 * value + 0.25 * weights[update - 1][name] for name, value in average.items()}
+        averages.append(average)
     last = run.checkpoint()
     assert equal(last["current_model_state"], weights[-1])
-    for name, value in last["state_dict"].items():
-        torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-7)
-        assert not torch.equal(value, weights[-1][name])
+    for found, update in ((validated[0], 4), (validated[1], 8), (last["state_dict"], 8)):
+        for name, value in found.items():
+            torch.testing.assert_close(value, averages[update - 1][name], rtol=1e-5, atol=1e-7)
+            assert not torch.equal(value, weights[update - 1][name])
 
 
 PLATEAU = {"learning_rate": {"start": 2e-3, "warmup": 1}, "plateau": {"window": 2, "patience": 1, "threshold": 0.9}}
@@ -361,6 +412,7 @@ def test_a_run_from_begin_to_end(stage, new):
     assert "model/artefact.json" in there and any(name.startswith("samples/") for name in there)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert torch.get_float32_matmul_precision() == "highest", "what stays in float32 is not rounded"
 
     rows = run.metrics()
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
@@ -440,8 +492,8 @@ def test_settings_that_change_nothing_may_differ_and_younger_ones_be_missing(sta
             del kept["model"][name]
         run.config["model"]["checkpointing"] = True
     (run.folder / "config.yaml").write_text(yaml.safe_dump(kept))
-    code, said = run("--ckpt_path", "last", "--model.optimiser.ema_every", "3")
-    assert code == 2 and "(model.optimiser.ema_every: 1 there, 3 here)" in said
+    code, said = run("--ckpt_path", "last", "--model.optimiser.ema_every", "2")
+    assert code == 2 and "(model.optimiser.ema_every: 1 there, 2 here)" in said
     run.config["trainer"] |= {"max_steps": 4}
     run.config["model"]["checkpoint_every"] = 1
     run.config["run"] = os.path.relpath(run.folder)
@@ -471,6 +523,9 @@ def test_damaged_checkpoint_is_refused(new):
         ("trainer", "max_steps", -1, 2, "max_steps is not set"),
         ("trainer", "val_check_interval", 0.5, 2, "val_check_interval"),
         ("trainer", "gradient_clip_val", 1.0, 2, "gradient_clip_val"),
+        ("model", "optimiser", {**OPTIMISER, "ema_every": 3}, 2, "ema_every is 3, but validations are 2 updates apart"),
+        ("model", "kl_weight", {"start": 1.0, "end": -1.0}, 2, "kl_weight goes from 1.0 to -1.0"),
+        ("model", "temperature", {"start": 1.0, "end": 0.0}, 2, "temperature goes from 1.0 to 0.0"),
         ("model", "optimiser", {**OPTIMISER, "muon": True}, 2, "muon is set"),
         ("model", "optimiser", {**OPTIMISER, "beta2": 1.0}, 2, "optimiser.beta2 is 1.0"),
         ("model", "optimiser", {**OPTIMISER, "plateau": {}}, 2, "optimiser.plateau halves the step size"),
@@ -578,17 +633,24 @@ def test_non_finite_validation_keeps_the_artefact(new, monkeypatch):
 
 
 def test_collapsed_codebook_is_said_with_a_remedy(new, monkeypatch):
-    run = new("dvae")
-    run.config["trainer"]["max_steps"] = 2
-    real = Encoder.forward
+    run, real = new("dvae"), Encoder.forward
     favour = 100 * torch.eye(16)[3][:, None, None]
     monkeypatch.setattr(Encoder, "forward", lambda self, x: real(self, x) + favour)
     code, said = run()
-    assert code == 0 and "only 6.2% of the 16 codes are in use" in said
-    assert "usage_weight" in said and "temperature" in said
+    assert code == 0 and said.count("only 6.2% of the 16 codes are in use") == 1, "once, not at each validation"
+    assert "kl_weight, or give usage_weight" in said and "temperature" in said
 
 
 # -------------------------------------------------------------------------------------------------------------- stops
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_loading_processes_leave_signals_to_the_training(number):
+    """A shell sends Ctrl-C, and many a scheduler its termination, to all processes at once."""
+    batches = iter(DataLoader(list(range(40)), num_workers=1, worker_init_fn=lit.deaf, timeout=60))
+    next(batches)
+    os.kill(batches._workers[0].pid, number)
+    assert [int(row) for row in batches] == list(range(1, 40))
 
 
 @pytest.mark.parametrize("stage, number", [("dvae", signal.SIGTERM), ("dalle", signal.SIGINT)])

@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ PAGE = ROOT / "notebooks" / "paper.md"
 
 FACTS = ["the paper", "here", "the line that does it", "the test that proves it", "what differs, and why"]
 MISSING = ["the paper", "why it is not built"]
+OBSERVED = ["the paper", "what there is of it here"]
+MEASURED = ["choice", "measured"]
 RULE = re.compile(r"[|\- ]+")
 
 # `dvae/paper: model.kl_weight.end = 6.6`
@@ -34,6 +37,7 @@ CODE = re.compile(r"\[([\w./-]+):(\d+)\]\(\.\./([\w./-]+)#L(\d+)\) `([^`]+)`")
 # [test_b.py:7](../tests/test_b.py#L7 "tests/test_b.py::test_c")
 TEST = re.compile(r'\[([\w.]+):(\d+)\]\(\.\./(tests/[\w./]+)#L(\d+) "([\w./]+)::(\w+)"\)')
 ALWAYS = "always"  # in place of a setting where there is nothing to set
+SILENT = "*Not said:*"  # begins a row of what neither the paper nor its code says
 
 
 def tables(page: str) -> Iterator[tuple[list[str], int, list[str]]]:
@@ -53,13 +57,15 @@ def tables(page: str) -> Iterator[tuple[list[str], int, list[str]]]:
 def faults(page: str) -> Iterator[str]:
     """What is not so, as sentences."""
     for header, number, cells in tables(page):
-        if header not in (FACTS, MISSING):
+        if header not in (FACTS, MISSING, OBSERVED, MEASURED):
             yield f"line {number} stands in a table with other columns: {header}"
         elif len(cells) != len(header):
             yield f"line {number} has {len(cells)} cells, not {len(header)}"
         elif not all(cells[:4]):
             yield f"line {number} leaves a cell empty"
         elif header == FACTS:
+            if cells[0].startswith(SILENT) and not cells[4]:
+                yield f"line {number} does not say what was chosen, and why"
             checks = ((SETTING, setting_fault), (CODE, code_fault), (TEST, proof_fault))
             for cell, (pattern, fault) in zip(cells[1:4], checks, strict=True):
                 if re.sub(r"<br>|\s", "", pattern.sub("", cell)) and (pattern, cell) != (SETTING, ALWAYS):
@@ -155,7 +161,10 @@ def test_every_fact_of_the_page_is_so():
 
 def test_the_page_is_whole():
     rows = list(tables(PAGE.read_text()))
-    assert sum(header == FACTS for header, *_ in rows) >= 80 and sum(header == MISSING for header, *_ in rows) >= 5
+    assert sum(header == FACTS for header, *_ in rows) >= 100 and sum(header == MISSING for header, *_ in rows) >= 5
+    assert sum(header == OBSERVED for header, *_ in rows) >= 5
+    assert sum(cells[0].startswith(SILENT) for *_, cells in rows) >= 15
+    assert f"\n| {' | '.join(MEASURED)} |\n" in PAGE.read_text()
     for pattern in (SETTING, CODE, TEST):
         assert len(pattern.findall(PAGE.read_text())) >= 50
 
@@ -180,6 +189,10 @@ def test_its_commands_are_real():
 def test_its_links_lead_somewhere():
     targets = re.findall(r"\]\((?!http)([^)#]+)", PAGE.read_text())
     assert targets and [target for target in targets if not (PAGE.parent / target).exists()] == []
+    headings = re.findall(r"^#+ (.*)", PAGE.read_text(), flags=re.MULTILINE)
+    places = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}  # as GitHub names them
+    named = re.findall(r"\]\(#([^)]+)", PAGE.read_text())
+    assert named and set(named) <= places
 
 
 # --------------------------------------------------------------------------------------------------- the check itself
@@ -196,6 +209,10 @@ GOOD = f"""
 | {" | ".join(MISSING)} |
 |---|---|
 | 1-6-9 moments | memory is not short |
+
+| {" | ".join(MEASURED)} |
+|---|---|
+| half a cosine | as a quarter |
 """
 
 
@@ -229,6 +246,8 @@ def test_lines_are_written_anew():
         ("tests/test_paper.py::test_the", "tests/test_gone.py::test_the", "no test_the_page_is_whole in tests"),
         ("| ours is other |", "|", "has 4 cells, not 5"),
         ("| memory is not short |", "| |", "leaves a cell empty"),
+        ("| as a quarter |", "| |", "leaves a cell empty"),
+        ("| beta |", "| *Not said:* beta |", "does not say what was chosen, and why"),
         ("| why it is not built |", "| why |", "stands in a table with other columns"),
     ],
 )
@@ -337,6 +356,47 @@ def test_an_image_token_carries_the_row_and_the_column_of_the_cell_that_it_predi
         row, column = cell // 3, cell % 3
         expected = what + model.row_position.weight[row] + model.column_position.weight[column]
         torch.testing.assert_close(state, expected, rtol=0, atol=1e-6)
+
+
+def stage_1(run: Path, **settings):
+    """The data of a training of stage 1, of 80 scenes with captions."""
+    from dvae.train import ImageData
+
+    data = ImageData("scenes:train:80", image_size=32, **settings)
+    data.trainer = SimpleNamespace(default_root_dir=str(run))
+    data.setup("fit")
+    return data
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_stage_1_reads_no_captions(augment, tmp_path, monkeypatch):
+    """Batches are the same, and all there is in them, where captions cannot be read; the decoder is given tokens."""
+    from dvae import scenes
+
+    rows = [(0, 3), (1, 5)]
+    batch = stage_1(tmp_path, augment=augment).train.__getitems__(rows)
+    monkeypatch.delattr(scenes, "captions")
+    again = stage_1(tmp_path, augment=augment).train.__getitems__(rows)
+    assert batch.keys() == again.keys() == {"images", "rows"} and batch["rows"] == again["rows"] == rows
+    assert torch.equal(batch["images"], again["images"]) and batch["images"].shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("by", [{"val_share": 0.2}, {"hold_out": ".*red.*"}])
+def test_both_stages_set_the_same_pictures_aside(by, tmp_path, tiny_tokens):
+    """Of one source, by the same share or expression; a larger share holds all of a smaller one."""
+    from dalle.prepare import Prepared, prepare
+
+    prepare("scenes:train:80", str(tiny_tokens / "dvae"), str(tiny_tokens / "text.json"), str(tmp_path / "out"), **by)
+    found, data = Prepared(tmp_path / "out"), stage_1(tmp_path / "run", **by)
+    sides = []
+    for tokens, pictures in ((found.train, data.train.source), (found.val, data.val.source)):
+        captions = [list(pictures.captions(row)) for row in range(len(pictures))]
+        assert len(captions) >= 8 and captions == [tokens.captions(row) for row in range(len(tokens))]
+        sides.append(captions)
+    if "val_share" in by:
+        fewer = stage_1(tmp_path / "fewer", val_share=0.1).val.source
+        assert 0 < len(fewer) < len(sides[1])
+        assert all(list(fewer.captions(row)) in sides[1] for row in range(len(fewer)))
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.3])

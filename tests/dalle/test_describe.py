@@ -21,6 +21,7 @@ from dalle.model import DALLE, Block, DALLEConfig, losses
 from dalle.pipeline import load
 from dalle.prepare import Prepared
 from dalle.train import LitDALLE, TokenData
+from dvae.commands import dotted
 from dvae.errors import DataError, UserError
 from dvae.optim import Optimiser
 from dvae.schedules import Schedule
@@ -233,13 +234,35 @@ def test_sizes_come_from_the_config_then_the_tokens_then_the_paper(tiny_tokens, 
     assert told({**tokens, "model.expects": sizes}) == ([30, 7, 9, (2, 3)], "model.expects")
     prepared = Prepared(tiny_tokens).sizes
     assert told(tokens) == ([getattr(prepared, name) for name in sizes], f"the tokens in {tiny_tokens}")
-    nowhere = {"data.tokens": str(tmp_path)}
-    paper = [getattr(PAPER, name) for name in sizes]
-    assert told(nowhere) == (paper, f"the paper: there are no tokens in {tmp_path}")
-    assert told({"data.tokens": None}) == (paper, "the paper")
-    (tmp_path / "prepared.json").write_text("{}")
-    with pytest.raises(DataError, match="holds no prepared tokens"):
-        read("dalle/demo", nowhere)
+    assert told({}) == ([getattr(PAPER, name) for name in sizes], "the paper: there are no tokens in runs/demo/tokens")
+
+
+def test_tokens_of_the_config_that_are_not_there_yet_are_told_beside_the_numbers(tmp_path, capsys):
+    own, nowhere = tmp_path / "own.yaml", tmp_path / "tokens"
+    for data, why in (({"tokens": str(nowhere)}, f": there are no tokens in {nowhere}"), ({}, "")):
+        own.write_text(yaml.safe_dump({"model": {"depth": 1, "width": 8, "heads": 1}, "data": data,
+                                       "trainer": {"max_steps": 1}}))  # fmt: skip
+        assert main(["describe", str(own)]) == 0
+        said = capsys.readouterr()
+        assert said.err == (
+            f"warning: these are the sizes of the paper{why}\n"
+            "hint: prepare the tokens first, or set model.expects\n"
+        )  # fmt: skip
+        assert f"256 text ids of 16,384, 32 x 32 image tokens of 8,192: sizes of the paper{why}\n" in said.out
+    assert main(["describe", "dalle/paper-1.2b"]) == 0
+    assert capsys.readouterr().err == "", "expects says them"
+
+
+@pytest.mark.parametrize("content", [None, "{}", "{", '{"sizes": {"grid": [4, 4]}}'])
+def test_tokens_that_were_named_must_be_there(content, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "prepared.json").write_text(content)
+    assert main(["describe", "dalle/demo", "--data.tokens", str(tmp_path)]) == DataError.code == 3
+    said = capsys.readouterr()
+    assert said.err == f"error: {tmp_path} holds no prepared tokens\nhint: make them with dalle prepare\n"
+    assert said.out == ""
+    expects = "{vocab_text: 9, text_length: 2, vocab_image: 5, grid: [2, 2]}"
+    assert main(["describe", "dalle/demo", "--data.tokens", str(tmp_path), "--model.expects", expects]) == 0
 
 
 def test_the_config_that_a_run_has_written_can_be_described(tiny_tokens, tmp_path):
@@ -298,6 +321,50 @@ def test_settings_are_changed_in_the_spelling_of_a_config(tmp_path):
     assert "batch_size 3 x accumulate 1 x devices 16" in "\n".join(page(plan, count(plan)))
 
 
+@pytest.mark.parametrize(
+    "given, precision",
+    [("32", "32-true"), ("16", "16-mixed"), ("bf16", "bf16-mixed"), ("null", "32-true"), ("16-mixed", "16-mixed")],
+)
+def test_precisions_as_a_training_takes_them(given, precision):
+    """Read as on the command line; Lightning agrees, where it needs no GPU."""
+    _, settings = dotted(["--trainer.precision", given])
+    assert read("dalle/demo", settings).precision == precision
+    if precision != "16-mixed":
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        assert Trainer(accelerator="cpu", precision=settings["trainer.precision"], **quiet).precision == precision
+
+
+@pytest.mark.parametrize("given, devices", [("-1", 1), ("auto", 1), ("1", 1), ("4", 4)])
+def test_all_devices_of_a_machine_are_one_here(given, devices):
+    assert read("dalle/demo", dotted([f"--trainer.devices={given}", "--trainer.num_nodes=3"])[1]).devices == 3 * devices
+
+
+@pytest.mark.parametrize("given, averaged", [("null", False), ("0", True), ("0.5", True), ("1e-3", True)])
+def test_averaged_weights_are_held_where_they_have_a_decay(given, averaged):
+    assert read("dalle/demo", dotted(["--model.optimiser.ema", given])[1]).averaged == averaged
+
+
+def test_settings_that_change_nothing_are_named_and_change_nothing(capsys):
+    assert main(["describe", "dalle/paper-1.2b"]) == 0
+    plain = capsys.readouterr().out
+    changes = ["--model.optimiser.clip=4", "--data.workers", "0", "--model.optimiser.learning_rate.warmup", "50"]
+    changes += ["--trainer.accelerator", "cpu", "--model.optimiser", "{eps: 1.0e-6}"]
+    assert main(["describe", "dalle/paper-1.2b", *changes]) == 0
+    line = (
+        "of no effect on these numbers: model.optimiser.clip, data.workers, model.optimiser.learning_rate.warmup, "
+        "trainer.accelerator, model.optimiser.eps\n"
+    )
+    said = capsys.readouterr()
+    assert line in said.out and said.out.replace(line, "") == plain and said.err == ""
+
+
+def test_settings_of_a_group_count_as_if_given_one_by_one():
+    both = read("dalle/demo", {"model.optimiser": {"ema": None, "muon": False, "clip": 3}, "data.batch_size": 5})
+    single = {"model.optimiser.ema": None, "model.optimiser.muon": False, "data.batch_size": 5}
+    assert both == replace(read("dalle/demo", single), idle=("model.optimiser.clip",))
+    assert not both.averaged and read("dalle/demo").averaged
+
+
 WHOLE = "give a whole number from 1 on here, such as"
 
 
@@ -305,8 +372,12 @@ WHOLE = "give a whole number from 1 on here, such as"
     "mistake, what, hint",
     [
         ("dvae/demo", "dvae/demo does not say model.depth", "give a config of stage 2, such as dalle/demo"),
+        ("model.optimiser.ema abc", "model.optimiser.ema is 'abc'", "give a number from 0 to below 1, such as 0.999"),
+        ("model.optimiser.ema 1", "model.optimiser.ema is 1", "give a number from 0 to below 1, such as 0.999, or nu"),
+        ("model.optimiser.ema [0.9]", "model.optimiser.ema is [0.9]", "give a number from 0 to below 1, such as 0.999"),
+        ("model.optimiser null", "model.optimiser is no single setting of a training", "what counts here: model.depth"),
+        ("mdel.width 8", "mdel.width is no single setting of a training", "what counts here: model.depth, model.width"),
         ("dalle/nosuch", "there is no config dalle/nosuch", "give a path, or one of the shipped names: dalle/cifar10"),
-        ("model.prompts 2", "model.prompts changes nothing that is told here", "what counts: model.depth, model.width"),
         ("model.heads 7", "width 192 cannot be shared by 7 heads", "choose a multiple of heads, such as 196"),
         ("model.checkpointing 3", "model.checkpointing is 3", "give true or false"),
         ("model.expects.grid [4,4]", "model.expects is {'grid': [4, 4]}", "give just vocab_text, text_length, vocab_i"),
@@ -328,6 +399,24 @@ def test_mistakes_are_told_in_two_lines(mistake, what, hint, capsys):
     said = capsys.readouterr()
     first, second = said.err.splitlines()
     assert first == f"error: {what}" and second.startswith(f"hint: {hint}") and said.out == ""
+
+
+def test_a_model_beyond_all_measure(capsys):
+    assert main(["describe", "dalle/demo", "--model.width", "1000000000", "--model.heads", "1"]) == UserError.code
+    said = capsys.readouterr()
+    assert said.out == "" and said.err == (
+        "error: no tensor can be so large: vocab_text 16384, text_length 256, vocab_image 8192, grid (32, 32), "
+        "depth 4, width 1000000000, heads 1, mlp_ratio 4, patterns full\nhint: give smaller sizes\n"
+    )
+
+
+def test_a_folder_in_place_of_a_file_for_the_numbers(tmp_path, capsys):
+    assert main(["describe", "dalle/demo", "--out", str(tmp_path)]) == UserError.code
+    said = capsys.readouterr()
+    assert said.out == "" and said.err == (
+        f"error: {tmp_path} is a folder\nhint: name a file, such as --out {tmp_path / 'sizes.json'}\n"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content", [b"model: [", b"\xff\xfe", b"", b"[1, 2]", b"model: 3"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dalle
+from dalle.__main__ import main
 from dalle.model import DALLE
 from dalle.pipeline import KIND, Pipeline, load, save
 from dalle.text import Text
@@ -281,3 +282,25 @@ def test_drawing_needs_no_lightning(tmp_path, tiny_dalle, before):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False True"
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+def test_without_dropped_captions_the_null_prompt_ranks_nothing(tmp_path, tiny_dalle, pipeline, capsys):
+    part = artefact.load(pipeline.source, KIND).parts["dvae"]
+    for share, ranker in ((0.0, "likelihood"), (0.1, "half-pmi"), (None, "half-pmi")):  # None: of an older training
+        about = {} if share is None else {"caption_dropout": share}
+        save(tmp_path / str(share), pipeline.model, pipeline.text, pipeline.captions, part, about)
+        drawer = load(tmp_path / str(share))
+        assert drawer.ranker == ranker
+        assert same(drawer(CAPTION, count=6, keep=3), pipeline(CAPTION, count=6, keep=3, rerank=ranker))
+    warning = "warning: this model was trained without dropped captions: guidance, pmi and half-pmi mean nothing"
+    for share, settings, warned in (
+        ("0.0", ["--guidance", "2"], True),
+        ("0.0", ["--rerank", "pmi"], True),
+        ("0.0", [], False),
+        ("0.1", ["--guidance", "2", "--rerank", "pmi"], False),
+    ):
+        out = ["--count", "2", "--out", str(tmp_path / "out")]
+        assert main(["sample", str(tmp_path / share), CAPTION, *settings, *out]) == 0
+        assert (warning in capsys.readouterr().err) == warned
+    made = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert made["rerank"] in ("likelihood", "half-pmi", "pmi")

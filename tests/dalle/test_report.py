@@ -21,6 +21,7 @@ from dvae import artefact, lit
 from dvae.errors import ArtefactError
 from dvae.errors import report as exit_code
 from dvae.images import save
+from dvae.tokenizer import load as load_dvae
 
 METRICS = {
     "dvae": "step,train/loss,val/loss,val/psnr,codebook/used,codebook/perplexity\n1,3,,,,\n2,2,1.5,20.25,0.75,9.5\n"
@@ -245,6 +246,34 @@ def test_a_model_folder_alone_is_a_page(tiny_dalle, tmp_path):
     page = written(tiny_dalle / "model", str(tmp_path / "page.html"))
     assert_contained(page)
     assert "Stage 2: the transformer" in page.said and "There is no metrics.csv" in page.said
+
+
+IMPORTED = {
+    "imported": "the tokenizer of <b>others</b> (example.org/them)",
+    "licence": "MIT, by & for all",
+    "encoder": {"file": "encoder.pkl", "sha256": "0" * 64},
+    "decoder": {"file": "<i>decoder.pkl", "sha256": "1" * 64},
+}
+
+
+def test_an_imported_tokenizer_is_no_training_and_lacks_nothing_of_one(tiny_dvae, run, tmp_path):
+    load_dvae(tiny_dvae).save(tmp_path / "model", IMPORTED)
+    page = written(tmp_path)
+    assert_contained(page)
+    assert "<p>An imported image tokenizer</p>" in page.text and "training" not in page.said
+    origin = "Imported: the tokenizer of <b>others</b> (example.org/them) ; licence: MIT, by & for all ; from:"
+    assert f"{origin} encoder.pkl , <i>decoder.pkl ." in page.said and "<b>others" not in page.text
+    assert 'class="missing"' not in page.text and "Atlas of the codes" in page.said
+    assert "16 codes paints in 4 x 4 cells" in page.said
+
+    load_dvae(tiny_dvae).save(tmp_path / "half" / "model", {"imported": 3})
+    assert "Imported: 3 ; licence: not known ." in written(tmp_path / "half").said
+
+    run("dalle", tmp_path / "both" / "dalle")  # a demo's folder, with somebody else's first stage
+    artefact.copy(tmp_path / "model", tmp_path / "both" / "dvae" / "model")
+    both = written(tmp_path / "both")
+    assert "<p>An imported image tokenizer. A training of the transformer</p>" in both.text
+    assert 'class="missing"' not in both.text
 
 
 @pytest.mark.parametrize("where", ["empty", "missing", "file"])

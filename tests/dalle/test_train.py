@@ -103,8 +103,8 @@ def test_tokens_of_other_sizes_than_the_config_was_made_for_are_refused():
         "grid (4, 4), not (32, 32)"
     )
     assert error.value.hint == (
-        "prepare them again with dalle vocab --size 16384 --length 256 and an image tokenizer of 16 codes on a grid of "
-        "32 x 32, or set model.expects to null"
+        "set model.expects to null to train on these, or prepare others: dalle vocab --size 16384 --length 256 (few "
+        "captions give fewer ids) and an image tokenizer of 16 codes on a grid of 32 x 32"
     )
 
 

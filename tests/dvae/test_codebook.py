@@ -6,8 +6,10 @@ from collections import Counter
 import pytest
 import torch
 
+from dvae import inspect
 from dvae.codebook import (
     flat_share,
+    grid_alone,
     neighbours,
     observe,
     painted_alone,
@@ -23,8 +25,10 @@ from dvae.codebook import (
     usage,
     usage_by_cell,
 )
+from dvae.drawings import sheet
 from dvae.model import DVAE, DVAEConfig
 from dvae.tokenizer import load
+from dvae.vqgan import VQGAN, VQGANConfig
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +121,37 @@ def test_painted_alone_is_the_central_cell_of_a_picture_of_one_code(model):
     assert torch.allclose(painted_alone(model, torch.tensor([9, 3])), cells[[9, 3]], atol=1e-6)
 
 
-def test_painted_alone_on_a_large_grid_is_what_stands_in_the_middle_of_it():
-    model = DVAE(DVAEConfig(image_size=18, vocab_size=5, hidden=8, groups=1, blocks=1, code_width=4, patch=1, kernel=3))
-    assert model.grid == (18, 18)
+def cells_of_18(model) -> torch.Tensor:
+    """The central pixel of the whole grid and of 8 x 8 cells, each of one code, `(2, 5, 3, 1, 1)`."""
+    assert model.grid == (18, 18) and grid_alone(model) == (8, 8)
     with torch.inference_mode():
-        for code, cell in enumerate(painted_alone(model.eval())):
-            picture = model.decode(torch.full((1, 18, 18), code))[0]
-            assert torch.allclose(cell, picture[:, 9:10, 9:10], atol=1e-6)  # no edge is in sight of either
+        cells = [torch.cat([model.decode(torch.full((1, side, side), code)) for code in range(5)]) for side in (18, 8)]
+        return torch.stack([cells[0][:, :, 9:10, 9:10], cells[1][:, :, 4:5, 4:5]])
+
+
+def test_painted_alone_on_a_large_grid_is_what_stands_in_the_middle_of_it_if_no_edge_is_in_sight():
+    model = DVAE(DVAEConfig(image_size=18, vocab_size=5, hidden=8, groups=1, blocks=1, code_width=4, patch=1, kernel=3))
+    whole, some = cells_of_18(model.eval())
+    assert torch.allclose(whole, some, atol=1e-6) and torch.allclose(painted_alone(model), some, atol=1e-6)
+
+
+def test_painted_alone_on_a_large_grid_is_8_x_8_cells_of_it_where_the_decoder_sees_farther():
+    model = VQGAN(VQGANConfig(image_size=18, vocab_size=5, hidden=32, multipliers=(1,), attention=(0,), latent=4))
+    whole, some = cells_of_18(model.eval())
+    assert not torch.allclose(whole, some, atol=1e-3) and torch.allclose(painted_alone(model), some, atol=1e-6)
+
+
+def test_the_sheet_says_how_many_cells_were_painted(model, tiny_dvae, tmp_path, monkeypatch):
+    titles = []
+
+    def noted(rows, side, title):
+        titles.append(title)
+        return sheet(rows, side, title)
+
+    monkeypatch.setattr(inspect, "sheet", noted)
+    inspect.codebook(str(tiny_dvae), "scenes:val:2", str(tmp_path))
+    assert grid_alone(model) == model.grid == (4, 4)
+    assert [title.split(";")[0] for title in titles] == ["alone: 4 x 4 cells of it"]
 
 
 @pytest.mark.parametrize("sizes", [[5], [2, 2, 1]])

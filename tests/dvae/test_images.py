@@ -708,6 +708,18 @@ def test_area_resampling_is_the_mean_of_blocks():
     assert hits > 0  # whenever t was 18
 
 
+def test_area_resampling_counts_pixels_whole_or_not_at_all():
+    """Of a picture that changes along its rows only, 44 to 18: edges of picture and result coincide, and a pixel
+    belongs to the result's one that its centre falls into."""
+    levels = torch.from_numpy(noise(1, 44)).permute(2, 0, 1)
+    inside = (torch.arange(44) + 0.5) / (44 / 18)
+    means = torch.stack([levels[..., inside.int() == k].float().mean(-1) for k in range(18)], -1)
+    windows = [window for x in range(3) for window in (means[..., x : x + 16], means[..., x : x + 16].flip(2))]
+    crops = [images.augment(levels.expand(3, 44, 44), 16, seeds.rng("whole", n)).float() for n in range(60)]
+    near = [(window - crop).abs().max() < 0.51 for crop in crops for window in windows]
+    assert sum(near) >= 4
+
+
 def test_area_resampling_rounds_to_the_nearest_of_256_levels():
     """Of a picture that changes along its rows only: each level is the rounded mean of three, when t is 18 of 54."""
     levels = torch.from_numpy(noise(1, 54)).permute(2, 0, 1)

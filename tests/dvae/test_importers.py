@@ -15,21 +15,24 @@ import types
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from torch import nn
 from torch.nn import functional as F
 
 from dalle.__main__ import main as dalle
-from dvae import artefact, files
+from dvae import artefact, files, importers, lit
 from dvae.__main__ import main
 from dvae.artefact import find, verify
+from dvae.data import open_source
 from dvae.errors import ArtefactError
+from dvae.evaluate import psnr
 from dvae.foreign import read, tensors
 from dvae.model import DVAEConfig
 from dvae.tokenizer import load
@@ -354,7 +357,8 @@ def test_what_is_written_and_said(published, tmp_path, capsys):
 
 def test_it_is_stage_one_of_everything(imported, tmp_path, capsys):
     """Tokens are prepared with it, stage 2 learns them and draws, and every command looks into it."""
-    out = {name: str(tmp_path / name) for name in ("tokens", "dalle", "drawn", "dvae", "diagnosis", "report.html")}
+    out = {name: str(tmp_path / name) for name in ("tokens", "dalle", "drawn", "dvae", "diagnosis", "report.html",
+                                                   "compared", "small", "checked")}  # fmt: skip
     train = {"model.depth": 1, "model.width": 32, "model.heads": 2, "model.prompts": 1, "data.batch_size": 4,
              "data.tokens": out["tokens"], "run": out["dalle"], "trainer.max_steps": 2, "trainer.val_check_interval": 2,
              "trainer.precision": "32-true"}  # fmt: skip
@@ -368,15 +372,47 @@ def test_it_is_stage_one_of_everything(imported, tmp_path, capsys):
         (main, ["evaluate", imported, "scenes:val", "--count", 2, "--out", out["dvae"]]),
         (dalle, ["diagnose", out["dalle"], "--count", 4, "--updates", 0, "--out", out["diagnosis"]]),
         (dalle, ["report", imported, "--out", out["report.html"]]),
+        (
+            dalle,
+            ["compare", out["dalle"], "scenes:train:16", "--count", 2, "--candidates", 2, "--out", out["compared"]],
+        ),
+        (dalle, ["shrink", out["dalle"], "--out", out["small"]]),
+        (dalle, ["sample", out["small"], "a red circle", "--count", 2, "--keep", 1, "--out", out["drawn"]]),
+        (dalle, ["check", "scenes:train:16", "--dvae", imported, "--out", out["checked"]]),
     ]:
         assert program([str(arg) for arg in args]) == 0, (args[0], capsys.readouterr().err)
-    for name in ("drawn/a-red-circle-seed0.png", "diagnosis/diagnosis.md", "report.html"):
+    for name in ("drawn/a-red-circle-seed0.png", "diagnosis/diagnosis.md", "report.html", "compared/seen.png",
+                 "compared/heldout.png", "checked/pictures.png"):  # fmt: skip
         assert (tmp_path / name).stat().st_size > 1000
     shown = {"reconstructions.png", "codebook.json", "atlas.png", "evaluation.json"}
     assert shown <= {path.name for path in (tmp_path / "dvae").iterdir()}
     carried = find(out["dalle"], "dvae")
     assert verify(carried)["digest"] == verify(imported / "model")["digest"] and "imported" in verify(carried)["about"]
     assert "modified MIT licence" in (tmp_path / "report.html").read_text()
+
+
+def test_it_goes_on_training(imported, tmp_path, monkeypatch, capsys):
+    """It is validated as it is, and two updates later it is another model of the same architecture."""
+    start = load(imported)
+    settings = {
+        "model": {"config": asdict(start.config), "revival": None, "usage_weight": {"start": 0.0}},
+        "data": {"source": "scenes:train:16", "val": "scenes:val:4", "batch_size": 4},
+        "trainer": {"max_steps": 2, "val_check_interval": 2, "precision": "32-true", "accelerator": "cpu"},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
+    configs = ["--config", "dvae/demo", "--config", str(tmp_path / "mine.yaml"), "--init_from", str(imported)]
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(lit, "record", lambda trainer, metrics: seen.append(metrics))
+        assert main(["validate", *configs, "--run", str(tmp_path / "looked")]) == 0, capsys.readouterr().err
+    images = open_source("scenes:val:4", SIDE).images(range(4)).float() / 255
+    found = psnr(start.decode(start.encode(images)), images).mean().item()
+    assert [metrics["val/psnr"] for metrics in seen] == [pytest.approx(found, rel=1e-4)]
+    assert main(["fit", *configs, "--run", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    trained = load(tmp_path / "run")
+    assert trained.config == start.config
+    moved = [not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters(), strict=True)]
+    assert all(moved) and len(moved) == 150
 
 
 # ------------------------------------------------------------------------------------------------------ mistakes
@@ -443,6 +479,84 @@ def test_a_file_that_is_cut_by_a_byte(published, tmp_path, capsys):
         assert refused(capsys, [published.names[layout][0], cut], tmp_path / "run")[0].startswith(str(cut))
 
 
+def test_the_name_of_a_file_says_nothing_of_its_layout(published, tmp_path):
+    for layout, name in (("safetensors", "a.SAFETENSORS"), ("safetensors", "a.bin"), ("archive", "a.safetensors")):
+        shutil.copy(published.names[layout][0], tmp_path / name)
+        assert tensors("", read(tmp_path / name)).keys() == published.encoder.keys()
+
+
+def test_a_file_that_changes_while_it_is_read(published, tmp_path, monkeypatch, capsys):
+    """The run must not name the digest of other bytes than those that it was made of."""
+    path = tmp_path / "encoder.pt"
+
+    def read_and_changed(name):
+        tree = read(name)
+        if name == str(path):
+            save({"another": torch.zeros(1)}, path)
+        return tree
+
+    shutil.copy(published.names["state dict"][0], path)
+    monkeypatch.setattr(importers, "read", read_and_changed)
+    what, hint = refused(capsys, [path, published.names["archive"][1]], tmp_path / "run")
+    assert (what, hint) == (f"{path} was changed while it was read", "wait until it is written, and import it again")
+
+
+def test_nothing_is_left_in_the_file_that_was_read(published, tmp_path):
+    """Or what is changed later would be written under the digest of what was there."""
+    for layout in LAYOUTS:
+        shutil.copy(published.names[layout][0], tmp_path / "file")
+        found = tensors("", read(tmp_path / "file"))
+        (tmp_path / "file").write_bytes(bytes((tmp_path / "file").stat().st_size))
+        assert all(torch.equal(found[key], tensor) for key, tensor in published.encoder.items())
+
+
+def test_tensors_that_share_numbers_are_no_larger_than_the_file(published, tmp_path, capsys):
+    """Or a small file would become a large run."""
+    flat = torch.zeros(max(tensor.numel() for tensor in published.encoder.values()), dtype=torch.float16)
+    views = {key: flat[: tensor.numel()].view(tensor.shape) for key, tensor in published.encoder.items()}
+    save(views, tmp_path / "encoder.pt")
+    made = sum(view.nbytes for view in views.values())
+    assert (tmp_path / "encoder.pt").stat().st_size < made / 2
+    what, hint = refused(capsys, [tmp_path / "encoder.pt", published.names["archive"][1]], tmp_path / "run")
+    assert what == f"{tmp_path / 'encoder.pt'} was not read: its tensors are larger than the file" and hint == FETCH
+    some, held = {}, (tmp_path / "encoder.pt").stat().st_size
+    for key, view in sorted(views.items(), key=lambda item: item[1].nbytes):
+        held -= view.nbytes
+        some |= {key: view} if held > 0 else {}
+    save(some, tmp_path / "some.pt")
+    assert tensors("", read(tmp_path / "some.pt")).keys() == some.keys() and 10 < len(some) < len(views)
+
+
+@pytest.mark.parametrize("layout", ["archive", "legacy"])
+def test_numbers_with_a_sign_beside_them(layout, published, tmp_path, capsys):
+    """torch keeps that a tensor is to be read negated, beside numbers that are not."""
+    save({"a": torch._neg_view(torch.ones(3))}, tmp_path / "encoder.pt", layout)
+    assert torch.load(tmp_path / "encoder.pt", weights_only=True)["a"].tolist() == [-1] * 3
+    what, _ = refused(capsys, [tmp_path / "encoder.pt", published.names["archive"][1]], tmp_path / "run")
+    assert what == f"{tmp_path / 'encoder.pt'} was not read: a tensor is more than its numbers"
+
+
+def test_more_blocks_than_tensors(published, tmp_path, capsys):
+    """Names alone would make a model of thousands of layers."""
+    one, names = torch.zeros(1), []
+    for half in ("encoder", "decoder"):
+        names.append(tmp_path / f"{half}.pt")
+        forged = {f"blocks.group_1.block_{k}.x": one for k in range(1, 1001)}
+        save(getattr(published, half) | forged, names[-1])
+    what, _ = refused(capsys, names, tmp_path / "run")
+    count = len(published.encoder) + 1000
+    assert what == (
+        f"{names[0]} is no encoder of OpenAI's dVAE: {count} tensors are too few for 4 groups of 1000 blocks"
+    )
+
+
+def test_sizes_beyond_all_measure(published, tmp_path, monkeypatch, capsys):
+    wide = published.encoder | {"blocks.input.w": torch.zeros(1).expand(HIDDEN, 3, 2**31 + 1, 1)}
+    monkeypatch.setattr(importers, "read", lambda path: wide if path == str(names[0]) else published.decoder)
+    names = published.names["state dict"]
+    assert refused(capsys, names, tmp_path / "run") == (f"{names[0]} has the shapes of no model", FETCH)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_program_of_torchscript(published, tmp_path, capsys):
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "program.pt"))
@@ -505,12 +619,14 @@ def test_halves_that_do_not_belong_together(other, name, published, tmp_path, ca
         (lambda s: s.update({"blocks.input.b": s["blocks.input.b"].long()}), "blocks.input.b is of the type int64"),
         (lambda s: s.update(epoch=3), "holds neither a module nor a state dict"),
         (lambda s: s.clear(), "holds neither a module nor a state dict"),
+        (lambda s: [inside := dict(s), s.clear(), s.update(state_dict=inside, epoch=3)],
+         "is a checkpoint of a training, with a state dict among other things"),
         (lambda s: [s.pop(key) for key in list(s) if "group_4" in key],
          "is no encoder of OpenAI's dVAE: its width does not double from group to group"),
         (lambda s: [s.pop(key) for key in list(s) if "group_" in key],
          "is no encoder of OpenAI's dVAE: its width does not double from group to group"),
     ],
-    ids=range(14),
+    ids=range(15),
 )  # fmt: skip
 def test_state_dicts_that_do_not_fit(change, what, published, tmp_path, capsys):
     state = {key: tensor.clone() for key, tensor in published.encoder.items()}
@@ -560,6 +676,10 @@ def test_a_run_that_is_not_empty(published, tmp_path, capsys):
     assert main(arguments(published.names["archive"], tmp_path)) == 2
     assert capsys.readouterr().err == (
         f"error: {tmp_path} is not empty\nhint: choose another folder with --out, or remove that one\n"
+    )
+    assert main(arguments(published.names["archive"], tmp_path / "mine.txt")) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/mine.txt is a file\nhint: name a folder with --out, new or empty\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -651,6 +771,10 @@ def oddities():
     most = b"\x8a\x08" + (2**62).to_bytes(8, "little")
     module, made = b"\x80\x02(" + text("module"), b"cdall_e.encoder\nEncoder\n)\x81"
     twice = b"}(" + text("a") + b"h\x00" + text("b") + b"h\x00u"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n((" + beside + b"K\x02tQ" + whole + b"\x89}tR"
+    names = [text(f"{k:04}") for k in range(2000)]
+    large = b"}q\x01(" + b"".join(b"M" + k.to_bytes(2, "little") + b"N" for k in range(60_000)) + b"u"
+    child = b"h\x02)\x81h\x01b"
     return {
         GOOD: storage + here + b"K\x02" + end % whole,
         "extension": b"\x80\x02\x82\x01.",
@@ -694,6 +818,18 @@ def oddities():
         "deep": b"\x80\x02)" + b"\x85" * 100_000 + b".",
         "deep key": b"\x80\x02})" + b"\x85" * 1_000_000 + b"Ns.",
         "deep gain": b"\x80\x02" + made + b"}" + text("post_gain") + b")" + b"\x85" * 100_000 + b"sb.",
+        "built twice": b"\x80\x02" + made + b"}" + text("a") + b"Nsq\x00bh\x00b.",
+        "one state of many": b"\x80\x02" + large + b"cdall_e.encoder\nEncoder\nq\x02"
+        + b"](" + child * 20_000 + b"e.",
+        "one dict of many": b"\x80\x02" + tensor + b"q\x00}q\x01(" + text("_modules") + b"}" + text("_parameters")
+        + b"}(" + b"".join(name + b"h\x00" for name in names) + b"uucdall_e.encoder\nEncoder\nq\x02)\x81}"
+        + text("_modules") + b"}(" + b"".join(name + child for name in names) + b"usb.",
+        "a key below 0": b"\x80\x02}J\xff\xff\xff\xffNs.",
+        "a large key": b"\x80\x02}\x8a\x05\x00\x00\x00\x80\x00Ns.",
+        "colliding keys": b"\x80\x02}("
+        + b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(1, 60_000)) + b"u.",
+        "attributes of a tensor": storage + here + b"K\x02tQ" + whole + b"\x89}}" + text("neg") + b"\x88stRs.",
+        "an unknown argument of a tensor": storage + here + b"K\x02tQ" + whole + b"\x89}}NtRs.",
         "doubling": b"\x80\x02)" + b"q\x00h\x00\x86" * 20_000 + b".",
         "doubling modules": b"\x80\x02" + made + b"}" + text("_modules") + b"}sbq\x00"
         + (made + b"}" + text("_modules") + twice + b"sbq\x00") * 60 + b".",
@@ -786,9 +922,17 @@ def test_hostile_files_run_nothing(tmp_path):
         "inst": "its pickle has the opcode INST, which no checkpoint of this kind needs",
         "called class": "it calls dall_e.encoder.Encoder",
         "huge storage": "it declares more numbers than it holds",
-        "repeated": "a tensor is larger than its numbers",
+        "larger than its numbers": "a tensor is larger than its numbers",
+        "repeated": "its tensors are larger than the file",
+        "built twice": "it fills an object twice",
+        "a key below 0": "its pickle has a dict with keys that are no names",
+        "a large key": "its pickle has a dict with keys that are no names",
+        "colliding keys": "its pickle has a dict with keys that are no names",
+        "attributes of a tensor": "a tensor is more than its numbers",
     }.items():
-        assert {said[f"{name}, {layout}"] for layout in ("archive", "legacy")} == {f"it was not read: {what}"}
+        assert {said[f"{name}, {layout}"] for layout in ("archive", "legacy")} == {f"it was not read: {what}"}, name
+    assert said["one dict of many, archive"] == "it holds no tree of modules"
+    assert said["one state of many, archive"] == "it holds neither a module nor a state dict"
 
 
 def test_an_old_file_without_its_numbers(tmp_path):

@@ -327,6 +327,8 @@ RELEASE = "give a file of the release that you have named"
          " " + NO_VQGAN + "it has no weights encoder.down.4.block.0.conv1.weight of 4 dimensions", OF_IT),
         (lambda s: s.update({f"encoder.down.{k}.block.0.conv1.weight": torch.zeros(32, 1, 1, 1) for k in range(13)}),
          " " + NO_VQGAN + f"its levels have {[32] * 13} channels, and its first convolution has 32", OF_IT),
+        (lambda s: s.update({f"encoder.down.0.block.{k}.x": torch.zeros(1) for k in range(1000)}),
+         " " + NO_VQGAN + "1249 tensors are too few for 4 levels of 1000 blocks", OF_IT),
         (lambda s: s.update({"encoder.down.1.block.0.conv1.weight": torch.zeros(48, 32, 3, 3)}),
          " " + NO_VQGAN + "its levels have [32, 48, 32, 64] channels, and its first convolution has 32", OF_IT),
         (lambda s: s.update({"encoder.conv_in.weight": torch.zeros(16, 3, 3, 3)}),
@@ -343,7 +345,7 @@ RELEASE = "give a file of the release that you have named"
          ": quant_conv.bias is of the type int64", "give a file with float32 or float16 weights"),
         (lambda s: s.update(epoch=3), " holds neither a module nor a state dict", FETCH),
     ],
-    ids=range(16),
+    ids=range(17),
 )  # fmt: skip
 def test_checkpoints_that_do_not_fit(change, what, hint, published, tmp_path, monkeypatch, capsys):
     state = OrderedDict((key, tensor.clone()) for key, tensor in published["nearest"].items())

@@ -279,7 +279,7 @@ def test_the_noise_is_minus_ln_of_minus_ln_of_uniform_numbers():
 
 def test_a_uniform_number_of_zero_only_means_that_the_code_is_not_drawn(monkeypatch):
     uniform = torch.tensor([0.0, 0.5, 0.9]).view(1, 3, 1, 1)
-    monkeypatch.setattr(torch, "rand", lambda *shape, generator: uniform.clone())
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator, device: uniform.clone())
     logits = torch.zeros(1, 3, 1, 1, requires_grad=True)
     z = GumbelSoftmax()(logits, 1.0, seeds.generator(0)).z
     z[0, 2].backward()

@@ -98,6 +98,10 @@ def test_other_pictures_than_its_own_are_refused():
         tokenizer("gumbel").encode(torch.rand(2, 3, 16, 32))
     assert refusal.value.what == "images of shape (2, 3, 16, 32) do not fit this model"
     assert refusal.value.hint == "it reads (batch, 3, 16, 16); dvae.images.square crops and scales a picture"
+    with pytest.raises(UserError) as refusal:
+        tokenizer("nearest").encode(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+    assert refusal.value.what == "images of torch.uint8 are no floats in [0, 1]"
+    assert refusal.value.hint == "divide bytes: images.float() / 255"
 
 
 # ---------------------------------------------------------------------------------------------------- the architecture
@@ -119,16 +123,20 @@ def test_the_published_sizes(config, grid, encoder, decoder, total, tensors):
 
 
 MISTAKES = [
-    ({"blocks": 0}, "blocks is 0", "blocks must be at least 1"),
-    ({"image_size": 0}, "image_size is 0", "image_size must be at least 1"),
-    ({"multipliers": ()}, "multipliers are []", "give one of at least 1 for each level"),
-    ({"multipliers": (1, 0)}, "multipliers are [1, 0]", "give one of at least 1 for each level"),
+    ({"blocks": 0}, "blocks is 0", "blocks must be a whole number, at least 1"),
+    ({"blocks": True}, "blocks is True", "blocks must be a whole number, at least 1"),
+    ({"image_size": 0}, "image_size is 0", "image_size must be a whole number, at least 1"),
+    ({"latent": 8.0}, "latent is 8.0", "latent must be a whole number, at least 1"),
+    ({"multipliers": ()}, "multipliers are []", "give one for each level"),
+    ({"multipliers": (1, 0)}, "a multiplier is 0", "a multiplier must be a whole number, at least 1"),
+    ({"multipliers": (1, 2.0)}, "a multiplier is 2.0", "a multiplier must be a whole number, at least 1"),
     (
         {"hidden": 48, "multipliers": (2, 2, 2)},
         "hidden is 48, which the 32 groups of its normalisation do not divide",
         "choose a multiple of 32",
     ),
     ({"attention": (3,)}, "attention is at levels [3], but there are 3 levels", "name levels of 0 to 2"),
+    ({"attention": (1.0,)}, "attention is at levels [1.0], but there are 3 levels", "name levels of 0 to 2"),
     ({"quantizer": "soft"}, "quantizer is 'soft'", "choose one of nearest, gumbel"),
     (
         {"image_size": 18},
@@ -223,11 +231,13 @@ def runs(tmp_path_factory):
         (dalle, "diagnose {run}/dalle --count 8 --updates 1 --out {out}", "diagnosis.json"),
         (dalle, "report {run}/dalle --out {out}/report.html", "report.html"),
         (dalle, "shrink {run}/dalle --out {out}", "artefact.json"),
+        (dalle, "compare {run}/dalle scenes:train:32 --count 2 --candidates 2 --out {out}", "compared.json"),
+        (dalle, "check scenes:train:32 --dvae {run}/vq --out {out}", "pictures.png"),
         (dvae, "reconstruct {run}/vq scenes:val:4 --out {out}", "reconstructions.png"),
         (dvae, "codebook {run}/vq scenes:val:16 --out {out}", "codebook.json"),
         (dvae, "evaluate {run}/vq scenes:val:4 --out {out}", "evaluation.json"),
     ],
-    ids=["sample", "diagnose", "report", "shrink", "reconstruct", "codebook", "evaluate"],
+    ids=["sample", "diagnose", "report", "shrink", "compare", "check", "reconstruct", "codebook", "evaluate"],
 )
 def test_every_command_takes_it(runs, program, command, written, tmp_path, capsys):
     assert program(command.format(run=runs["nearest"], out=tmp_path).split()) == 0, capsys.readouterr().err
