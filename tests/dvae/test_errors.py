@@ -1,4 +1,5 @@
 import errno
+import os
 import pickle
 import subprocess
 import sys
@@ -59,6 +60,13 @@ def test_the_machine_says_no(capsys):
     assert errors.report(raising(full)) == 5
     shown = capsys.readouterr().err
     assert shown.startswith("error: No space left on device (out/model)\nhint: ")
+
+
+def test_of_a_replacement_the_target_is_named(tmp_path, capsys):
+    (tmp_path / ".part-1").touch()
+    (tmp_path / "folder").mkdir()
+    assert errors.report(lambda: os.replace(tmp_path / ".part-1", tmp_path / "folder")) == 5
+    assert capsys.readouterr().err.startswith(f"error: Is a directory ({tmp_path / 'folder'})\n")
 
 
 def test_our_own_mistakes_keep_their_traceback():
