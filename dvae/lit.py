@@ -583,11 +583,15 @@ class Progress(TQDMProgressBar):
     def total_train_batches(self) -> int:
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
-    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        self.train_progress_bar.reset(self.total_train_batches)
-        self.train_progress_bar.initial = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        self.train_progress_bar.n = self.train_progress_bar.initial
-        self.train_progress_bar.set_description("training")
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        super().on_train_start()
+        bar = self.train_progress_bar
+        bar.reset(self.total_train_batches)
+        bar.initial = bar.n = bar.last_print_n = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        bar.set_description("training")
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """The one endless epoch is not begun by a run that is continued."""
 
     def get_metrics(self, trainer: Trainer, module: Lit) -> dict[str, Any]:
         shown = super().get_metrics(trainer, module)

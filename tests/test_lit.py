@@ -644,6 +644,15 @@ def test_collapsed_codebook_is_said_with_a_remedy(new, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------- stops
 
 
+def test_the_bar_of_a_continued_run_counts_on(new):
+    run = new("dvae")
+    run.config["trainer"] |= {"max_steps": 2, "enable_progress_bar": True}
+    assert run()[0] == 0 and "| 2/2 [" in run.printed
+    run.config["trainer"]["max_steps"] = 4
+    assert run("--ckpt_path", "last")[0] == 0
+    assert "training:  50%" in run.printed and "| 4/4 [" in run.printed.splitlines()[-2]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_loading_processes_leave_signals_to_the_training(number):
     """A shell sends Ctrl-C, and many a scheduler its termination, to all processes at once."""
