@@ -1,9 +1,10 @@
 """What a user is told when something is wrong: one line what, one line how to mend it, a fixed exit code.
 
-Exit codes: 0 done, 2 usage or config, 3 data, 4 artefact, 5 environment (disk, permission, device),
+Exit codes: 0 done, 2 usage or config, 3 data, 4 artefact, 5 environment (disk, memory, permission, device),
 6 numerics, 130 interrupted (Ctrl-C), 143 terminated.
 """
 
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -35,7 +36,7 @@ class ArtefactError(UserError):
 
 
 class EnvironmentProblem(UserError):
-    """The machine says no: no space, no permission, no such device."""
+    """The machine says no: no space, no memory, no permission, no such device."""
 
     code = 5
 
@@ -86,6 +87,18 @@ def report(command: Callable[[], object], debug: bool = False) -> int:
         where = f" ({name})" if name else ""
         print(
             f"error: {error.strerror or error}{where}\nhint: check the path, its permissions and the free space",
+            file=sys.stderr,
+        )
+        return EnvironmentProblem.code
+    except (MemoryError, RuntimeError) as error:  # torch's are of the second kind, on a device and on the CPU
+        asked = re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE)
+        if not (asked or isinstance(error, MemoryError)):
+            raise
+        if debug:
+            traceback.print_exc()
+        what = f"the memory is not enough{f': {asked[1]} more were asked for' if asked else ''}"
+        print(
+            f"error: {what}\nhint: use a smaller batch or a smaller model, or --model.checkpointing true in stage 2",
             file=sys.stderr,
         )
         return EnvironmentProblem.code

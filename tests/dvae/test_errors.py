@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dvae import errors
 
@@ -60,6 +61,28 @@ def test_the_machine_says_no(capsys):
     assert errors.report(raising(full)) == 5
     shown = capsys.readouterr().err
     assert shown.startswith("error: No space left on device (out/model)\nhint: ")
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (MemoryError(), "error: the memory is not enough\n"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.8 GiB"),
+            "error: the memory is not enough: 20.00 MiB more were asked for\n",
+        ),
+    ],
+)
+def test_too_little_memory_is_told_in_two_lines(error, said, capsys):
+    assert errors.report(raising(error)) == 5
+    assert capsys.readouterr().err == f"{said}hint: " + (
+        "use a smaller batch or a smaller model, or --model.checkpointing true in stage 2\n"
+    )
+
+
+def test_torch_says_how_much_memory_it_lacks(capsys):
+    assert errors.report(lambda: torch.empty(1 << 60, dtype=torch.uint8)) == 5
+    assert capsys.readouterr().err.startswith(f"error: the memory is not enough: {1 << 60} bytes more were asked for\n")
 
 
 def test_of_a_replacement_the_target_is_named(tmp_path, capsys):
