@@ -102,7 +102,7 @@ class Optimiser:
         for name, (holds, values) in allowed.items():
             if not holds:
                 raise UserError(f"optimiser.{name} is {getattr(self, name)}", f"give {values}")
-        if min(rate.start, rate.start if rate.end is None else rate.end) < 0:
+        if rate.least < 0:
             raise UserError(
                 f"optimiser.learning_rate goes from {rate.start} to {rate.end}", "give step sizes from 0 on"
             )

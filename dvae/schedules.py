@@ -43,6 +43,11 @@ class Schedule:
                 "say at which value it ends, or leave steps away",
             )
 
+    @property
+    def least(self) -> float:
+        """The lower of its two ends, the warm-up not counted."""
+        return self.start if self.end is None else min(self.start, self.end)
+
     def __call__(self, step: int) -> float:
         if step < self.warmup:
             return self.start * (step + 1) / (self.warmup + 1)

@@ -173,11 +173,11 @@ class LitDVAE(lit.Lit):
         seed: int = 0,
     ):
         super().__init__(optimiser, checkpoint_every, seed)
-        if min(temperature.start, temperature.start if temperature.end is None else temperature.end) <= 0:
+        if temperature.least <= 0:
             raise UserError(
                 f"temperature goes from {temperature.start} to {temperature.end}", "give values above 0, such as 0.0625"
             )
-        if min(kl_weight.start, kl_weight.start if kl_weight.end is None else kl_weight.end) < 0:
+        if kl_weight.least < 0:
             raise UserError(
                 f"kl_weight goes from {kl_weight.start} to {kl_weight.end}", "give weights from 0 on, such as 6.6"
             )
