@@ -34,6 +34,7 @@ SETTINGS = {
     "model.mlp_ratio": 4,
     "model.patterns": "full",
     "model.checkpointing": False,
+    "model.image_first.share": 0.0,
     "model.expects": None,
     "model.optimiser.muon": False,
     "model.optimiser.ema": 0.999,
@@ -159,6 +160,9 @@ def read(config: str, settings: Mapping[str, Any] | None = None) -> Plan:
     for key in ("model.checkpointing", "model.optimiser.muon"):
         if type(said[key]) is not bool:
             raise UserError(f"{key} is {said[key]!r}", "give true or false")
+    other = said["model.image_first.share"]
+    if type(other) not in (int, float) or not 0 <= other < 1:
+        raise UserError(f"model.image_first.share is {other!r}", "give a share from 0 to below 1, such as 0.25")
     ema = said["model.optimiser.ema"]
     try:
         share = 0.0 if ema is None else float(ema)  # YAML's 1e-3 is a text
@@ -172,7 +176,11 @@ def read(config: str, settings: Mapping[str, Any] | None = None) -> Plan:
     sizes, sizes_from = _sizes(said["model.expects"], said["data.tokens"], own_tokens)
     names = ("depth", "width", "heads", "mlp_ratio", "patterns")
     return Plan(
-        config=DALLEConfig(**asdict(sizes), **{name: said[f"model.{name}"] for name in names}),
+        config=DALLEConfig(
+            **asdict(sizes),
+            **{name: said[f"model.{name}"] for name in names},
+            both_orders=said["model.image_first.share"] > 0,
+        ),
         sizes_from=sizes_from,
         checkpointing=said["model.checkpointing"],
         muon=said["model.optimiser.muon"],

@@ -40,6 +40,8 @@ class DALLEConfig:
         mlp_ratio: width of the MLP's hidden layer over `width`.
         patterns: what image states read of the image: "full" for all before them, "paper" for the paper's mixture
             (`dalle.layout.schedule`), or a kind for each block: full, row, column or conv (`dalle.layout.Layout`).
+        both_orders: whether the model also reads the picture first and the words after it, and so captions. One row
+            of positions more: that of the state that holds a picture's last token.
     """
 
     vocab_text: int
@@ -51,6 +53,7 @@ class DALLEConfig:
     heads: int
     mlp_ratio: int = 4
     patterns: str | tuple[str, ...] = "full"
+    both_orders: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "grid", tuple(self.grid))  # JSON and YAML bring lists
@@ -66,6 +69,8 @@ class DALLEConfig:
                 f"width {self.width} cannot be shared by {self.heads} heads",
                 f"choose a multiple of heads, such as {math.ceil(self.width / self.heads) * self.heads}",
             )
+        if not isinstance(self.both_orders, bool):
+            raise UserError(f"both_orders is {self.both_orders!r}", "give true or false")
         self._check_patterns()
 
     def _check_patterns(self) -> None:
@@ -105,7 +110,8 @@ class Losses(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of the states read so far, in room for all; made by `DALLE.prefill`, grown by `step`.
+    """Keys and values of the states read so far, in room for all; made by `DALLE.prefill` or `prefill_image`, grown by
+    `step` or `step_text`.
 
     Attributes:
         keys, values: (depth, B, H, S, D), of which the first `length` states are filled.
@@ -208,7 +214,8 @@ class DALLE(nn.Module):
     """p(text, image) as one sequence; see `Layout` for what stands where.
 
     `forward` and the cached trio `prefill`, `step`, `score` give the same logits up to rounding. The trio is for
-    inference and records no gradient.
+    inference and records no gradient. With `config.both_orders` the same weights are p(image, text), too: `forward`
+    with `image_first`, and the trio `prefill_image`, `step_text`, `score_text`.
 
     Args:
         checkpointing: keep only what enters each block for the backward pass and compute the rest again there: the same
@@ -219,12 +226,13 @@ class DALLE(nn.Module):
         super().__init__()
         self.config, self.checkpointing = config, checkpointing
         self.layout = Layout(config.text_length, config.grid)
+        self.image_first_layout = Layout(config.text_length, config.grid, image_first=True)
         (height, width), vocab_text = config.grid, config.vocab_text + config.text_length
         self.start = nn.Parameter(torch.empty(2, config.width))  # start of text, start of image
         self.text_embedding = nn.Embedding(vocab_text, config.width)
         self.image_embedding = nn.Embedding(config.vocab_image, config.width)
         self.text_position = nn.Embedding(config.text_length + 1, config.width)
-        self.row_position = nn.Embedding(height, config.width)
+        self.row_position = nn.Embedding(height + config.both_orders, config.width)
         self.column_position = nn.Embedding(width, config.width)
         self.blocks = nn.ModuleList(Block(config, kind) for kind in config.kinds)
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
@@ -233,6 +241,8 @@ class DALLE(nn.Module):
         self._patterns = sorted(set(config.kinds) - {"full"})  # that have to be told what to read
         for kind in self._patterns:
             self.register_buffer(f"{kind}_mask", self.layout.mask(kind), persistent=False)
+            if config.both_orders:
+                self.register_buffer(f"{kind}_image_first_mask", self.image_first_layout.mask(kind), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -280,7 +290,13 @@ class DALLE(nn.Module):
         pairs = [pair for b in self.blocks for pair in ((b.attention_norm, b.attention), (b.mlp_norm, b.mlp))]
         return [[*norm.parameters(), *layer.parameters()] for norm, layer in pairs]
 
-    def forward(self, text_ids: Tensor, image_tokens: Tensor, scales: Sequence[float] | None = None) -> Logits:
+    def forward(
+        self,
+        text_ids: Tensor,
+        image_tokens: Tensor,
+        scales: Sequence[float] | None = None,
+        image_first: bool = False,
+    ) -> Logits:
         """Predict every token of B sequences from the true ones before it.
 
         Args:
@@ -288,9 +304,12 @@ class DALLE(nn.Module):
             image_tokens: int64 (B, h, w).
             scales: how many times as large gradients are inside each of `branches`, those of its parameters too
                 (`dalle.scaling`); none are without.
+            image_first: whether the picture stands before the text; needs `config.both_orders`.
         """
-        x = torch.cat([self._embed_text(text_ids), self._embed_image(image_tokens)], dim=1)  # (B, S, E)
-        masks = {kind: self.get_buffer(f"{kind}_mask") for kind in self._patterns}
+        layout = self._order(image_first)
+        text, image = self._embed_text(text_ids, not image_first), self._embed_image(image_tokens, image_first)
+        x = torch.cat([image, text] if image_first else [text, image], dim=1)  # (B, S, E)
+        masks = self._masks(image_first)
         for layer, block in enumerate(self.blocks):
             own = (None, None) if scales is None else scales[2 * layer : 2 * layer + 2]
             inputs = x, layer, None, masks.get(block.kind), own
@@ -299,18 +318,14 @@ class DALLE(nn.Module):
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*inputs)
-        text, image = x[:, self.layout.text], x[:, self.layout.image]
-        return Logits(self._logits(text[:, :-1], self.text_head), self._logits(image, self.image_head))
+        text, image = x[:, layout.text][:, : layout.text_length], x[:, layout.image][:, : layout.cells]
+        return Logits(self._logits(text, self.text_head), self._logits(image, self.image_head))
 
     @torch.no_grad()
     def prefill(self, text_ids: Tensor) -> KVCache:
         """Read text_ids (B, T) whole; the cache that comes back is ready for cell 0."""
-        x = self._embed_text(text_ids)
-        size = (len(self.blocks), len(x), self.config.heads, self.layout.states, self.config.width // self.config.heads)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        cache = KVCache(x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype))
-        self._read(x, cache, {})
+        cache = self._cache(len(text_ids))
+        self._read(self._embed_text(text_ids), cache, {})
         return cache
 
     @torch.no_grad()
@@ -335,24 +350,81 @@ class DALLE(nn.Module):
         """
         length = cache.length
         assert length == self.layout.image.start
-        x = self._embed_image(image_tokens)
-        masks = {kind: self.get_buffer(f"{kind}_mask")[self.layout.image] for kind in self._patterns}  # (N, S)
+        masks = {kind: mask[self.layout.image] for kind, mask in self._masks(image_first=False).items()}  # (N, S)
         if "full" in self.config.kinds:
-            masks["full"] = self.layout.mask()[self.layout.image].to(x.device)
-        logits = self._logits(self._read(x, cache, masks), self.image_head)
+            masks["full"] = self.layout.mask()[self.layout.image].to(self.start.device)
+        logits = self._logits(self._read(self._embed_image(image_tokens), cache, masks), self.image_head)
         cache.truncate(length)
         return logits
 
-    def _embed_text(self, text_ids: Tensor) -> Tensor:  # (B, T) -> (B, T + 1, E)
+    @torch.no_grad()
+    def prefill_image(self, image_tokens: Tensor) -> KVCache:
+        """Read pictures (B, h, w) whole, first in their sequences; the cache that comes back is ready for text id 0."""
+        cache = self._cache(len(image_tokens))
+        layout = self._order(image_first=True)
+        masks = {kind: mask[layout.image, layout.image] for kind, mask in self._masks(image_first=True).items()}
+        self._read(self._embed_image(image_tokens, whole=True), cache, masks)
+        return cache
+
+    @torch.no_grad()
+    def step_text(self, ids: Tensor | None, place: int, cache: KVCache) -> Tensor:
+        """Logits (B, V) of text id `place`, 0 <= place < T, after the pictures in the cache, which grows by one state.
+
+        Args:
+            ids: int64 (B,), what stands at place - 1; None at place 0, where start-of-text is read.
+        """
+        assert cache.length == self.image_first_layout.text.start + place and (ids is None) == (place == 0)
+        held = self.start[0].expand(cache.keys.shape[1], -1) if ids is None else self.text_embedding(ids)
+        x = held + self.text_position.weight[place]
+        return self._logits(self._read(x[:, None], cache, {}), self.text_head)[:, 0]
+
+    @torch.no_grad()
+    def score_text(self, text_ids: Tensor, cache: KVCache) -> Tensor:
+        """Logits (B, T, V) of whole texts (B, T) after the pictures in a cache of B rows, in one pass; like `score`."""
+        length, layout = cache.length, self._order(image_first=True)
+        assert length == layout.text.start
+        mask = layout.mask()[layout.text].to(self.start.device)
+        x = self._read(self._embed_text(text_ids, whole=False), cache, dict.fromkeys(self.config.kinds, mask))
+        cache.truncate(length)
+        return self._logits(x, self.text_head)
+
+    @torch.no_grad()
+    def text_logits(self, text_ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of texts (B, T) before any picture, those of `forward` in the first order."""
+        x = self._embed_text(text_ids)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer)
+        return self._logits(x[:, :-1], self.text_head)
+
+    def _order(self, image_first: bool) -> Layout:
+        assert self.config.both_orders or not image_first, "this model reads text first only"
+        return self.image_first_layout if image_first else self.layout
+
+    def _masks(self, image_first: bool) -> dict[str, Tensor]:
+        """What each kind of block has to be told to read, bool (S, S); nothing for full attention, which is causal."""
+        order = "image_first_" if image_first else ""
+        return {kind: self.get_buffer(f"{kind}_{order}mask") for kind in self._patterns}
+
+    def _cache(self, rows: int) -> KVCache:
+        config, device = self.config, self.start.device.type
+        size = (config.depth, rows, config.heads, self.layout.states, config.width // config.heads)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.start.dtype
+        return KVCache(self.start.new_empty(size, dtype=dtype), self.start.new_empty(size, dtype=dtype))
+
+    def _embed_text(self, text_ids: Tensor, whole: bool = True) -> Tensor:
+        """(B, T) -> (B, T + 1, E), start-of-text before the ids; not `whole`, (B, T, E) without the last id."""
         ids = text_ids.to(self.start.device)
         start = self.start[0].expand(len(ids), 1, -1)
-        return torch.cat([start, self.text_embedding(ids)], dim=1) + self.text_position.weight
+        x = torch.cat([start, self.text_embedding(ids if whole else ids[:, :-1])], dim=1)
+        return x + self.text_position.weight[: x.shape[1]]
 
-    def _embed_image(self, image_tokens: Tensor) -> Tensor:  # (B, h, w) -> (B, N, E), the last token left out
+    def _embed_image(self, image_tokens: Tensor, whole: bool = False) -> Tensor:
+        """(B, h, w) -> (B, N, E), start-of-image before the tokens but the last; `whole`, (B, N + 1, E) with it."""
         tokens = image_tokens.to(self.start.device).flatten(1)
         start = self.start[1].expand(len(tokens), 1, -1)
-        grid = self.row_position.weight[:, None] + self.column_position.weight  # (h, w, E)
-        return torch.cat([start, self.image_embedding(tokens[:, :-1])], dim=1) + grid.flatten(0, 1)
+        x = torch.cat([start, self.image_embedding(tokens if whole else tokens[:, :-1])], dim=1)
+        grid = self.row_position.weight[:, None] + self.column_position.weight  # (h, w, E), with both orders h + 1
+        return x + grid.flatten(0, 1)[: x.shape[1]]
 
     def _read(self, x: Tensor, cache: KVCache, reads: Mapping[str, Tensor]) -> Tensor:  # (B, n, E) -> (B, n, E)
         for layer, block in enumerate(self.blocks):

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,27 @@ def check_sizes(found: Sizes, expected: Sizes | None) -> None:
     )
 
 
+@dataclass(frozen=True)
+class ImageFirst:
+    """Batches in the other order, pictures before their words: they make the model a captioner, too. Not in the paper.
+
+    Args:
+        share: of the batches, from 0 (none) to below 1.
+        text_weight: of the mean text loss there, pads counted, for they say where a caption ends: -ln p(text | image).
+        image_weight: of the mean image loss there: -ln p(image).
+    """
+
+    share: float = 0.0
+    text_weight: float = 7 / 8
+    image_weight: float = 1 / 8
+
+    def __post_init__(self):
+        if not 0 <= self.share < 1:
+            raise UserError(f"image_first.share is {self.share}", "give a share from 0 to below 1, such as 0.25")
+        if not self.share and (self.text_weight, self.image_weight) != (7 / 8, 1 / 8):
+            raise UserError("image_first has weights and share 0", "set image_first.share, such as 0.25")
+
+
 class LitDALLE(lit.Lit):
     """Trains the transformer on text and image tokens (paper, 2.2).
 
@@ -139,6 +160,7 @@ class LitDALLE(lit.Lit):
         expects: the sizes of the tokens that these settings were made for; others are refused. Null takes any.
         text_weight: of the mean text loss (the paper: 1/8).
         image_weight: of the mean image loss (the paper: 7/8).
+        image_first: batches that read the picture before its words, and their loss weights.
         from_codes: share of the image embedding's and the image head's first values that comes from what the image
             tokenizer's codes look like, from 0 (the paper) to 1; of a training that starts from nothing.
         init_from: a run or artefact to start from (fine-tuning); null starts from nothing.
@@ -162,6 +184,7 @@ class LitDALLE(lit.Lit):
         expects: Sizes | None = None,
         text_weight: float = 1 / 8,
         image_weight: float = 7 / 8,
+        image_first: ImageFirst = ImageFirst(),  # noqa: B008, it is frozen
         from_codes: float = 0.0,
         init_from: str | None = None,
         prompts: int = 4,
@@ -172,10 +195,16 @@ class LitDALLE(lit.Lit):
         known = Sizes(**sizes)
         check_sizes(known, expects)
         config = DALLEConfig(
-            **asdict(known), depth=depth, width=width, heads=heads, mlp_ratio=mlp_ratio, patterns=patterns
+            **asdict(known),
+            depth=depth,
+            width=width,
+            heads=heads,
+            mlp_ratio=mlp_ratio,
+            patterns=patterns,
+            both_orders=image_first.share > 0,
         )
         self.text_weight, self.image_weight, self.prompts = text_weight, image_weight, prompts
-        self.pad_targets = pad_targets
+        self.pad_targets, self.image_first = pad_targets, image_first
         if not 0 <= from_codes <= 1:
             raise UserError(f"from_codes is {from_codes}", "give a share from 0 to 1, such as 0.8")
         self.from_codes, self.init_from = from_codes, init_from
@@ -186,12 +215,16 @@ class LitDALLE(lit.Lit):
         if init_from is not None:
             start, self.started_from = pipeline.load_model(init_from)
             self.lineage = {"started_from": self.started_from.digest}
-            if start.config != config:
+            if start.config not in (config, replace(config, both_orders=False)):
                 raise UserError(
                     f"{init_from} has another architecture than this config and these tokens: {start.config}",
                     "use its depth, width and heads, and tokens prepared with its image tokenizer and its vocabulary",
                 )
-            self.model.load_state_dict(start.state_dict())
+            weights = start.state_dict()
+            if start.config != config:  # it has no position below the grid yet
+                below = self.model.row_position.weight[-1:].detach()
+                weights["row_position.weight"] = torch.cat([weights["row_position.weight"], below])
+            self.model.load_state_dict(weights)
 
     def setup(self, stage: str) -> None:
         if self.from_codes and self.init_from is None:  # a checkpoint, if there is one, is read after this
@@ -225,8 +258,16 @@ class LitDALLE(lit.Lit):
 
     def step(self, batch: dict[str, Any], update: int, batch_index: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         ids, tokens = batch["text_ids"], batch["image_tokens"]
-        logits = self.model(ids, tokens, None if self.scales is None else self.scales.values)
-        text, image = losses(logits, ids, tokens, batch["keep_text"], self.pad_targets)
+        image_first = seeds.rng(self.seed, "order", batch_index).random() < self.image_first.share
+        logits = self.model(ids, tokens, None if self.scales is None else self.scales.values, image_first)
+        text, image = losses(logits, ids, tokens, batch["keep_text"], self.pad_targets or image_first)
+        if image_first:
+            loss = self.image_first.text_weight * text + self.image_first.image_weight * image
+            return loss, {
+                "train/loss": loss.detach(),
+                "train/caption_loss": text.detach(),
+                "train/picture_loss": image.detach(),
+            }
         loss = self.text_weight * text + self.image_weight * image
         accuracy = (logits.image.detach().argmax(-1) == tokens.flatten(1)).float().mean()
         return loss, {
@@ -251,6 +292,7 @@ class LitDALLE(lit.Lit):
 
     def on_validation_epoch_start(self) -> None:
         self.seen = {"pairs": 0, "texts": 0, "text": 0.0, "image": 0.0, "accuracy": 0.0}
+        self.seen |= {"caption": 0.0, "picture": 0.0}
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         ids, tokens = batch["text_ids"], batch["image_tokens"]
@@ -263,19 +305,28 @@ class LitDALLE(lit.Lit):
             self.seen[name] += count
         for name, value, count in (("text", text, texts), ("image", image, len(ids)), ("accuracy", accuracy, len(ids))):
             self.seen[name] += value.item() * count
+        if self.model.config.both_orders:
+            caption, picture = losses(self.model(ids, tokens, image_first=True), ids, tokens, batch["keep_text"])
+            self.seen["caption"] += caption.item() * len(ids)
+            self.seen["picture"] += picture.item() * len(ids)
 
     def test_step(self, batch: dict[str, Any], batch_index: int) -> None:
         self.validation_step(batch, batch_index)
 
     def validation_metrics(self) -> dict[str, float]:
-        """Nats per token and the share of image tokens guessed right, over the whole validation set."""
+        """Nats per token and the share of image tokens guessed right, over the whole validation set.
+
+        `val/loss`, by which the best weights are chosen, is that of text first: of what draws.
+        """
         text = self.seen["text"] / max(self.seen["texts"], 1)
         image, accuracy = (self.seen[name] / self.seen["pairs"] for name in ("image", "accuracy"))
+        other = ("caption", "picture") if self.model.config.both_orders else ()
         return {
             "val/loss": self.text_weight * text + self.image_weight * image,
             "val/text_loss": text,
             "val/image_loss": image,
             "val/image_accuracy": accuracy,
+            **{f"val/{name}_loss": self.seen[name] / self.seen["pairs"] for name in other},
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

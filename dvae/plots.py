@@ -51,6 +51,11 @@ _PANELS: dict[str, dict[str, str]] = {
     "loss": {"train/loss": "training", "train/nll": "training, reconstruction", "val/loss": "validation"},
     "image loss, nats per token": {"train/image_loss": "training", "val/image_loss": "validation"},
     "text loss, nats per token": {"train/text_loss": "training", "val/text_loss": "validation"},
+    "words after their picture, nats per token": {"train/caption_loss": "training", "val/caption_loss": "validation"},
+    "pictures before their words, nats per token": {
+        "train/picture_loss": "training",
+        "val/picture_loss": "validation",
+    },
     "image tokens guessed right": {"train/image_accuracy": "training", "val/image_accuracy": "validation"},
     "PSNR of reconstructions, dB": {"val/psnr": "validation"},
     "share of codes in use": {"codebook/used": "validation"},

@@ -70,6 +70,7 @@ CONFIGS = {
         "model": {
             **{"depth": 1, "width": 32, "heads": 2, "prompts": 1, "checkpoint_every": 4},
             "from_codes": 0.5,
+            "image_first": {"share": 0.4},
             "patterns": "paper",
             "checkpointing": True,
             "pad_targets": False,
@@ -161,7 +162,7 @@ POINTS: dict[str, Callable[[str], None]] = {
     "in validation": lambda stage: before(MODULES[stage], "validation_step", 4),
     # after update 12, which is a multiple of checkpoint_every too
     "in the last validation": lambda stage: before(MODULES[stage], "validation_step", 8),
-    "in the metrics": lambda stage: before(os, "replace", 4, lambda old, new: Path(new).name == "metrics.csv"),
+    "in the metrics": lambda stage: before(os, "replace", 5, lambda old, new: Path(new).name == "metrics.csv"),
     "in a picture": lambda stage: before(os, "replace", 1, lambda old, new: Path(new).name.endswith("-0000006.png")),
     "between artefact and best.ckpt": lambda stage: before(lit.Checkpoints, "on_validation_end", 2),
     "between best.ckpt and last.ckpt": lambda stage: before(lit.Checkpoints, "save", 3),

@@ -20,7 +20,7 @@ from dalle.describe import PAPER, SETTINGS, Plan, activations, count, page, read
 from dalle.model import DALLE, Block, DALLEConfig, losses
 from dalle.pipeline import load
 from dalle.prepare import Prepared
-from dalle.train import LitDALLE, TokenData
+from dalle.train import ImageFirst, LitDALLE, TokenData
 from dvae.commands import dotted
 from dvae.errors import DataError, UserError
 from dvae.optim import Optimiser
@@ -213,6 +213,7 @@ def test_patterns_say_how_many_layers_there_are_and_what_they_read():
 
 def test_settings_without_a_value_are_those_of_a_training():
     signatures = {"model": LitDALLE, "data": TokenData, "trainer": Trainer, "optimiser": Optimiser}
+    signatures |= {"image_first": ImageFirst}
     for key, told in SETTINGS.items():
         room, name = key.split(".")[-2:]
         default = inspect.signature(signatures[room]).parameters[name].default
@@ -406,7 +407,7 @@ def test_a_model_beyond_all_measure(capsys):
     said = capsys.readouterr()
     assert said.out == "" and said.err == (
         "error: no tensor can be so large: vocab_text 16384, text_length 256, vocab_image 8192, grid (32, 32), "
-        "depth 4, width 1000000000, heads 1, mlp_ratio 4, patterns full\nhint: give smaller sizes\n"
+        "depth 4, width 1000000000, heads 1, mlp_ratio 4, patterns full, both_orders False\nhint: give smaller sizes\n"
     )
 
 

@@ -141,6 +141,80 @@ def test_truncate_forgets():
     torch.testing.assert_close(logits, model(text, image).image[:, 1], atol=1e-12, rtol=0)
 
 
+BOTH = [
+    *[dict(), dict(depth=1, heads=1), dict(text_length=1, grid=(1, 1)), dict(grid=(5, 2))],
+    *[dict(WIDE, patterns=patterns, depth=3 if patterns == "paper" else 1) for patterns in PATTERNS],
+]
+
+
+@pytest.mark.parametrize("changes", BOTH)
+def test_cached_logits_of_texts_after_pictures_are_the_uncached(changes):
+    model = random_model(both_orders=True, **changes)
+    config = model.config
+    text = torch.randint(11 + config.text_length, (3, config.text_length))
+    image = torch.randint(K, (3, *config.grid))
+    expected = model(text, image, image_first=True).text
+    assert expected.shape == (3, config.text_length, 11 + config.text_length) and expected.std() > 0.05
+    cache = model.prefill_image(image)
+    start = config.grid[0] * config.grid[1] + 1
+    assert cache.length == start
+    torch.testing.assert_close(model.score_text(text, cache), expected, atol=1e-12, rtol=0)
+    assert cache.length == start
+    for place in range(config.text_length):
+        logits = model.step_text(text[:, place - 1] if place else None, place, cache)
+        torch.testing.assert_close(logits, expected[:, place], atol=1e-12, rtol=0)
+    assert cache.length == model.layout.states
+    cache.truncate(start)
+    swapped = cache.select([2, 0])
+    torch.testing.assert_close(model.score_text(text[[2, 0]], swapped), expected[[2, 0]], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_image_first_is_the_dense_mask_of_its_layout(kind):
+    """Each token is changed in turn: pictures know nothing of the words, words everything of the picture."""
+    model = random_model(**WIDE, patterns=(kind,), both_orders=True)
+    text, image = batch(1, grid=(6, 13))
+    plain, layout = model(text, image, image_first=True), model.image_first_layout
+    for k in range(T):
+        other = text.clone()
+        other[:, k] = (other[:, k] + 1) % V
+        logits = model(other, image, image_first=True)
+        assert changed(plain.text, logits.text) == [j > k for j in range(T)]
+        assert not any(changed(plain.image, logits.image))
+    seen = layout.mask(kind)[layout.image, layout.image]
+    for cell in range(layout.cells):
+        other = image.clone().flatten(1)
+        other[:, cell] = (other[:, cell] + 1) % K
+        logits = model(text, other.view_as(image), image_first=True)
+        assert all(changed(plain.text, logits.text))  # the last token of the picture, too
+        assert changed(plain.image, logits.image) == seen[: layout.cells, cell + 1].tolist()
+
+
+def test_text_before_any_picture_is_that_of_the_first_order():
+    for patterns in ("full", "paper"):
+        model, (text, image) = random_model(patterns=patterns), batch()
+        torch.testing.assert_close(model.text_logits(text), model(text, image).text, atol=1e-12, rtol=0)
+
+
+def test_both_orders_are_one_row_of_positions_and_nothing_else():
+    """The same weights draw the same: a model of one order is the other's without that row."""
+    one, both = random_model(), random_model(both_orders=True)
+    weights = both.state_dict()
+    assert weights["row_position.weight"].shape == (4, 24) and one.row_position.weight.shape == (3, 24)
+    one.load_state_dict({**weights, "row_position.weight": weights["row_position.weight"][:3]})
+    text, image = batch()
+    for a, b in zip(one(text, image), both(text, image), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(AssertionError, match="text first only"):
+        one(text, image, image_first=True)
+    # the row stands for the last image state alone, which no cell but all of the text reads
+    plain = both(text, image, image_first=True)
+    with torch.no_grad():
+        both.row_position.weight[3] += torch.randn(24)
+    moved = both(text, image, image_first=True)
+    assert torch.equal(plain.image, moved.image) and all(changed(plain.text, moved.text))
+
+
 def changed(before, after):
     """bool (n,): at which positions logits (B, n, K) differ."""
     return ((before - after).abs().amax((0, 2)) > 1e-9).tolist()

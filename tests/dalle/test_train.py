@@ -12,7 +12,7 @@ from dalle.pipeline import load
 from dalle.prepare import Prepared
 from dalle.text import Text
 from dalle.tokens import Sizes, TokenFiles, TokenWriter
-from dalle.train import LitDALLE, Pairs
+from dalle.train import ImageFirst, LitDALLE, Pairs
 from dvae.errors import UserError
 from dvae.optim import Optimiser
 from dvae.schedules import Schedule
@@ -147,3 +147,53 @@ def test_the_command_line_takes_and_refuses_these_settings(tiny_tokens, tmp_path
     assert code == 2 and "has another architecture than this config" in said
     assert not (tmp_path / "b").exists()
     assert fit("b", patterns=["row"], init_from=str(tmp_path / "a")) == (0, "")
+
+
+# ------------------------------------------------------------------------------------------------------- both orders
+
+
+def test_a_share_of_the_batches_is_read_picture_first():
+    """Which ones is a function of the seed and the batch; their loss is of the other order, with weights of its own."""
+    lit, data = module(image_first=ImageFirst(0.3, text_weight=0.6, image_weight=0.2), pad_targets=False), batch()
+    orders = []
+    for index in range(400):
+        loss, numbers = lit.step(data, 0, index)
+        orders.append("train/caption_loss" in numbers)
+        assert numbers["train/loss"] == loss
+    assert 0.2 < sum(orders) / len(orders) < 0.4
+    assert orders == ["train/caption_loss" in lit.step(data, 7, index)[1] for index in range(400)]
+    loss, numbers = lit.step(data, 0, orders.index(True))
+    logits = lit.model(data["text_ids"], data["image_tokens"], image_first=True)
+    each = -logits.text.log_softmax(-1).gather(2, data["text_ids"][..., None])[..., 0]  # pads count: they end a caption
+    text, picture = each[data["keep_text"]].mean(), losses_of_pictures(logits.image, data["image_tokens"])
+    assert numbers["train/caption_loss"].item() == pytest.approx(text.item(), rel=1e-5)
+    assert numbers["train/picture_loss"].item() == pytest.approx(picture, rel=1e-5)
+    assert loss.item() == pytest.approx(0.6 * text.item() + 0.2 * picture, rel=1e-5)
+
+
+def losses_of_pictures(logits, tokens) -> float:
+    return -logits.log_softmax(-1).gather(2, tokens.flatten(1)[..., None]).mean().item()
+
+
+def test_a_model_of_one_order_has_no_other():
+    assert not module().model.config.both_orders and module(image_first=ImageFirst(0.1)).model.config.both_orders
+    lit = module()
+    assert all("train/caption_loss" not in lit.step(batch(), 0, index)[1] for index in range(50))
+
+
+@pytest.mark.parametrize("given", [dict(share=1.0), dict(share=-0.1), dict(text_weight=0.5)])
+def test_shares_that_cannot_be_and_weights_of_nothing_are_refused(given):
+    with pytest.raises(UserError, match="image_first"):
+        ImageFirst(**given)
+
+
+def test_a_model_that_draws_learns_to_caption(tiny_dalle):
+    """A fine-tuning may add the other order; what was learned stays, and the added position is one of its own."""
+    drawer = load(tiny_dalle)
+    c = drawer.model.config
+    sizes = {name: getattr(c, name) for name in ("vocab_text", "text_length", "vocab_image", "grid")}
+    given = dict(depth=c.depth, width=c.width, heads=c.heads, sizes=sizes, optimiser=Optimiser(Schedule(1e-3)))
+    tuned = LitDALLE(**given, init_from=str(tiny_dalle), image_first=ImageFirst(0.5)).model
+    data = {"text_ids": drawer.text.encode(["a red circle"]), "image_tokens": torch.randint(0, 16, (1, 4, 4))}
+    for one, other in zip(tuned(**data), drawer.model(**data), strict=True):
+        assert torch.equal(one, other)
