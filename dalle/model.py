@@ -346,14 +346,17 @@ class DALLE(nn.Module):
     def score(self, image_tokens: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, N, K) of whole pictures (B, h, w) after the texts in a prefilled cache of B rows, in one pass.
 
-        The cache is left at the length it came with, so that it can be used again.
+        The first n cells of pictures, (B, n), give logits (B, n, K). The cache is left at the length it came with, so
+        that it can be used again.
         """
         length = cache.length
         assert length == self.layout.image.start
-        masks = {kind: mask[self.layout.image] for kind, mask in self._masks(image_first=False).items()}  # (N, S)
+        x = self._embed_image(image_tokens)
+        own = slice(length, length + x.shape[1])
+        masks = {kind: mask[own, : own.stop] for kind, mask in self._masks(image_first=False).items()}  # (n, read)
         if "full" in self.config.kinds:
-            masks["full"] = self.layout.mask()[self.layout.image].to(self.start.device)
-        logits = self._logits(self._read(self._embed_image(image_tokens), cache, masks), self.image_head)
+            masks["full"] = self.layout.mask()[own, : own.stop].to(self.start.device)
+        logits = self._logits(self._read(x, cache, masks), self.image_head)
         cache.truncate(length)
         return logits
 

@@ -72,6 +72,25 @@ def log_likelihoods(model: DALLE, text_ids: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat(sums).unflatten(0, (len(text_ids), pictures))
 
 
+@torch.inference_mode()
+def text_log_likelihoods(model: DALLE, text_ids: Tensor, tokens: Tensor) -> Tensor:
+    """ln p(caption | picture), (P, N), pads counted: they say that the caption ends where it does.
+
+    Each picture is read once; pairs are then scored in one teacher-forced pass for as many as fit. Needs a model of both
+    orders.
+    """
+    texts, pictures = len(text_ids), len(tokens)
+    prefix = model.prefill_image(tokens)
+    pairs = torch.arange(texts * pictures)
+    sums = [torch.empty(0, device=tokens.device)]
+    ids_all = model.config.vocab_text + model.config.text_length
+    for rows in pairs.split(max(1, _LOGITS // (model.config.text_length * ids_all))):
+        targets = text_ids[(rows // pictures).to(text_ids.device)]  # (R, T)
+        logits = model.score_text(targets, prefix.select(rows % pictures))
+        sums.append(logits.log_softmax(-1).gather(2, targets[..., None]).sum((1, 2)))
+    return torch.cat(sums).unflatten(0, (texts, pictures))
+
+
 def nearest(text_ids: Tensor, captions_ids: Tensor, k: int, vocab_text: int) -> Tensor:
     """The at most k captions (k, T) of a sample (M, T) that share most of their tokens with text_ids (1, T).
 

@@ -6,10 +6,14 @@ size, the number of pictures and the other prompts cannot shift it. What they ca
 matrix kernels sum in an order that depends on the number of rows: in float32 a token then changes in very rare
 near-ties. With `exact` not even that happens.
 
+What is drawn from is a mixture of logits of one or more texts, all read side by side: the prompt's, the null prompt's
+under guidance, a second prompt's when two are blended. Cells may be given beforehand: they are read, not drawn.
+
 Shapes: P prompts, R rows (pictures) at a time, T text ids, N = h w cells, K image codes.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -28,7 +32,7 @@ class Sampled(NamedTuple):
     """Pictures as tokens, with what the model itself thinks of them.
 
     `logprobs` are ln p(token | text, tokens before it): of the plain model, at temperature 1, unfiltered and unguided.
-    `null` is the same under the null prompt, where guidance computed it.
+    `null` is the same under the null prompt, where guidance computed it. Cells that were given have theirs, too.
     """
 
     tokens: Tensor  # int64 (B, h, w)
@@ -67,6 +71,13 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     return (cdf > (uniforms * below_total)[:, None]).byte().argmax(-1)  # the first of them
 
 
+class Blend(NamedTuple):
+    """A second prompt (1, T), and its share of the mixture, from 0 to 1."""
+
+    text_ids: Tensor
+    share: float
+
+
 def sample(
     model: DALLE,
     text_ids: Tensor,
@@ -77,6 +88,8 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     guidance: float = 1.0,
+    blend: Blend | None = None,
+    known: Tensor | None = None,
     seeds: int | Sequence[int] = 0,
     batch: int = 256,
     exact: bool = False,
@@ -90,6 +103,9 @@ def sample(
         temperature, top_k, top_p: see `filter_logits`; greedy is top_k=1.
         guidance: scale s of classifier-free guidance, logits = null + s (text - null); 1 is the plain model and half
             the work.
+        blend: a second prompt for all; the text's logits are then (1 - share) of the first and `share` of the second,
+            the normalised geometric mean of the two distributions.
+        known: int64 (P, h, w): of each prompt the tokens that its pictures are to hold, -1 where they are drawn.
         seeds: one for all prompts, or one for each; 0 <= seed < 2**63.
         batch: pictures computed at a time; memory grows with it, and doubles with guidance.
         exact: bit-equal tokens and log-probabilities on one machine, whatever count, batch, threads or other prompts:
@@ -103,67 +119,181 @@ def sample(
     seeds = list(seeds) if isinstance(seeds, Sequence) else [seeds] * prompts
     check_settings(model, temperature, top_k, top_p, guidance)
     _check(prompts, count, seeds, batch)
-    guided, cells = guidance != 1, math.prod(model.config.grid)
-
-    def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
-        return draw(filter_logits(logits, temperature, top_k, top_p), uniforms)
+    beside, weights = _beside(null_ids, guidance, blend)
+    choose = functools.partial(_choose, temperature=temperature, top_k=top_k, top_p=top_p)
+    if known is not None:
+        _check_known(model, known, prompts)
 
     # Exactness by construction: the same 8 pictures are computed together whether or not all of them were asked for.
     at_once, together = (_EXACT_ROWS, 1) if exact else (batch, batch)
-    computed = math.ceil(count / at_once) * at_once if exact else count
+    computed, cells = math.ceil(count / at_once) * at_once if exact else count, math.prod(model.config.grid)
     drawn = []
     with torch.inference_mode(), _one_thread() if exact else contextlib.nullcontext():
         for first in range(0, prompts, together):
             ids = text_ids[first : first + together]
-            # each prompt is read once, here, and its pictures start from copies; the null prompt is the last row
-            prefix = model.prefill(torch.cat([ids, null_ids.to(ids)]) if guided else ids)
+            # each prompt is read once, here, and its pictures start from copies; the texts beside it come last
+            prefix = model.prefill(torch.cat([ids, *(text.to(ids) for text in beside)]))
             pictures = [(prompt, k) for prompt in range(first, first + len(ids)) for k in range(computed)]
             for start in range(0, len(pictures), at_once):
                 chunk = pictures[start : start + at_once]
-                rows = [prompt - first for prompt, _ in chunk] + [len(ids)] * len(chunk) * guided
+                rows = [prompt - first for prompt, _ in chunk]
+                rows += [len(ids) + text for text in range(len(beside)) for _ in chunk]
                 uniforms = torch.stack([_uniforms(seeds[prompt], k, cells) for prompt, k in chunk])
+                given = None if known is None else known.flatten(1)[[prompt for prompt, _ in chunk]]
+                drawing = Drawing(model, prefix.select(rows), weights, uniforms, choose, chunk, given)
                 wanted = sum(k < count for _, k in chunk)
-                columns = []
-                for column in _decode(model, prefix.select(rows), uniforms, guidance, choose, chunk):
-                    columns.append(column)
+                for _ in range(cells):
+                    drawing.step()
                     if progress is not None:
                         progress(wanted)
-                drawn.append([torch.stack(parts, dim=1) for parts in zip(*columns, strict=True)])
+                drawn.append(drawing.sampled())
     tokens, logprobs, *null = (
         torch.cat(parts).unflatten(0, (prompts, computed))[:, :count].flatten(0, 1)
         for parts in zip(*drawn, strict=True)
+        if parts[0] is not None
     )
-    return Sampled(tokens.unflatten(1, model.config.grid), logprobs, null[0] if guided else None)
+    return Sampled(tokens.unflatten(1, model.config.grid), logprobs, null[0] if null else None)
 
 
-def _decode(
+def sample_pruned(
     model: DALLE,
-    cache: KVCache,
-    uniforms: Tensor,
-    guidance: float,
-    choose: Callable[[Tensor, Tensor], Tensor],
-    pictures: list[tuple[int, int]],
-) -> Iterator[tuple[Tensor, ...]]:
-    """Draw R `pictures`, named (prompt, k), from a prefilled cache of R rows, and with guidance R of the null prompt.
+    text_ids: Tensor,
+    count: int,
+    stages: Sequence[tuple[int, int]],
+    score: Callable[[DALLE, Tensor, Sampled], Tensor],
+    *,
+    null_ids: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Sampled, Tensor]:
+    """Draw `count` pictures for one prompt, of which only the most promising are drawn to their end.
 
-    Yields for each cell the token, its logprob and, with guidance, its null logprob, each (R,).
+    What is drawn to the end is what `sample` draws with the same seed: each picture keeps its random numbers.
+
+    Args:
+        text_ids: int64 (1, T), pads placed.
+        stages: (cells, keep), both in order: after so many cells of each picture, the `keep` with the highest scores
+            are drawn on.
+        score: (model, text_ids, Sampled) -> (R,), of R unfinished pictures: their tokens are (R, cells).
+        seed, and the others: see `sample`.
+        progress: called with the number of tokens just drawn, count N less those that pruning saves.
+    Returns:
+        The pictures drawn to the end, and the number of each, int64, ascending.
     """
-    streams, token = 1 if guidance == 1 else 2, None
-    for cell in range(uniforms.shape[1]):
-        logits = model.step(token.repeat(streams) if cell else None, cell, cache).chunk(streams)
+    check_settings(model, temperature, top_k, top_p, guidance)
+    _check(len(text_ids), count, [seed], count)
+    cells, before, left = math.prod(model.config.grid), 0, count
+    for cell, keep in stages:
+        if not (_whole(cell, before + 1, cells - 1) and _whole(keep, 1, left)):
+            raise UserError(
+                f"the stage ({cell}, {keep}) cannot follow {before} cells and {left} pictures of {cells} cells",
+                "give pairs (cells, keep): more cells and no more pictures from stage to stage",
+            )
+        before, left = cell, keep
+    beside, weights = _beside(null_ids, guidance, None)
+    choose = functools.partial(_choose, temperature=temperature, top_k=top_k, top_p=top_p)
+    numbers, keeps = torch.arange(count), dict(stages)
+    with torch.inference_mode():
+        prefix = model.prefill(torch.cat([text_ids, *(text.to(text_ids) for text in beside)]))
+        cache = prefix.expand(count)
+        uniforms = torch.stack([_uniforms(seed, k, cells) for k in range(count)])
+        drawing = Drawing(model, cache, weights, uniforms, choose, [(0, k) for k in range(count)])
+        for cell in range(1, cells + 1):
+            drawing.step()
+            if progress is not None:
+                progress(len(numbers))
+            if cell in keeps:
+                scores = score(model, text_ids, drawing.sampled())
+                best = torch.argsort(-scores, stable=True)[: keeps[cell]].sort().values.cpu()
+                drawing, numbers = drawing.select(best), numbers[best]
+    tokens, logprobs, null = drawing.sampled()
+    return Sampled(tokens.unflatten(1, model.config.grid), logprobs, null), numbers
+
+
+class Drawing:
+    """R pictures on their way, cell by cell; `select` goes on with some of them.
+
+    Args:
+        cache: a prefilled cache of R rows for each weight: the pictures' own prompts, then the texts beside them.
+        weights: of the logits of each of these texts in the mixture that is drawn from.
+        uniforms: float64 (R, N).
+        choose: tokens (R,) of logits (R, K) and uniforms (R,).
+        names: (prompt, k) of each picture, for errors.
+        known: int64 (R, N), -1 where a token is drawn.
+    """
+
+    def __init__(
+        self,
+        model: DALLE,
+        cache: KVCache,
+        weights: Sequence[float],
+        uniforms: Tensor,
+        choose: Callable[[Tensor, Tensor], Tensor],
+        names: Sequence[tuple[int, int]],
+        known: Tensor | None = None,
+    ):
+        self.model, self.cache, self.weights, self.uniforms = model, cache, weights, uniforms
+        self.choose, self.names, self.known = choose, names, known
+        self.tokens: list[Tensor] = []
+        self.logprobs: list[tuple[Tensor, ...]] = []  # of each text
+
+    def step(self) -> None:
+        """Draw the next cell of each picture."""
+        cell = len(self.tokens)
+        held = self.tokens[-1].repeat(len(self.weights)) if cell else None
+        logits = self.model.step(held, cell, self.cache).chunk(len(self.weights))
         mixed = logits[0]
-        if streams == 2:
-            text, null = (stream.double() for stream in logits)
-            mixed = null + guidance * (text - null)
+        if len(logits) > 1:
+            mixed = sum(weight * stream.double() for weight, stream in zip(self.weights, logits, strict=True))
         finite = torch.isfinite(mixed).all(1)
         if not finite.all():
-            prompt, k = pictures[finite.tolist().index(False)]
+            prompt, k = self.names[finite.tolist().index(False)]
             raise NumericsError(
                 f"the model's logits are not finite at cell {cell} of picture {k} of prompt {prompt}",
                 "the weights are damaged or diverged in training: use an earlier checkpoint, or float32",
             )
-        token = choose(mixed, uniforms[:, cell].to(mixed.device))
-        yield token, *(_logprob(stream, token) for stream in logits)
+        token = self.choose(mixed, self.uniforms[:, cell].to(mixed.device))
+        if self.known is not None:
+            given = self.known[:, cell].to(token)
+            token = torch.where(given < 0, token, given)
+        self.tokens.append(token)
+        self.logprobs.append(tuple(_logprob(stream, token) for stream in logits))
+
+    def sampled(self) -> Sampled:
+        """What was drawn so far: tokens (R, cells), and the columns beside them."""
+        text, *beside = (torch.stack(column, 1) for column in zip(*self.logprobs, strict=True))
+        return Sampled(torch.stack(self.tokens, 1), text, beside[0] if beside else None)
+
+    def select(self, rows: Tensor) -> "Drawing":
+        """The pictures of these rows, int64, on their way."""
+        size, texts = len(self.uniforms), range(len(self.weights))
+        cache = self.cache.select(torch.cat([text * size + rows for text in texts]))
+        known = None if self.known is None else self.known[rows]
+        names = [self.names[row] for row in rows.tolist()]
+        chosen = Drawing(self.model, cache, self.weights, self.uniforms[rows], self.choose, names, known)
+        chosen.tokens = [token[rows] for token in self.tokens]
+        chosen.logprobs = [tuple(column[rows] for column in columns) for columns in self.logprobs]
+        return chosen
+
+
+def _beside(null_ids: Tensor, guidance: float, blend: Blend | None) -> tuple[list[Tensor], list[float]]:
+    """The texts (1, T) that are read beside the prompt, and the weights of the logits of all, the prompt's first."""
+    texts, weights, share = [], [guidance], 0.0 if blend is None else blend.share
+    if not (_number(share) and 0 <= share <= 1):
+        raise UserError(f"the share of the second prompt is {share!r}", "give a number from 0 to 1")
+    if guidance != 1:
+        texts, weights = [null_ids], [*weights, 1 - guidance]
+    if share:
+        texts, weights = [*texts, blend.text_ids], [guidance * (1 - share), *weights[1:], guidance * share]
+    return texts, weights
+
+
+def _choose(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    return draw(filter_logits(logits, temperature, top_k, top_p), uniforms)
 
 
 def _logprob(logits: Tensor, token: Tensor) -> Tensor:  # (R, K), (R,) -> (R,)
@@ -210,6 +340,14 @@ def _check(prompts: int, count: int, seeds: Sequence[int], batch: int) -> None:
     for seed in seeds:
         if not _whole(seed, 0, 2**63 - 1):
             raise UserError(f"seed is {seed!r}", "give a whole number from 0 to 2**63 - 1")
+
+
+def _check_known(model: DALLE, known: Tensor, prompts: int) -> None:
+    size, vocab = (prompts, *model.config.grid), model.config.vocab_image
+    if known.shape != size:
+        raise UserError(f"known tokens are {tuple(known.shape)}, not {size}", "give a grid of tokens for each prompt")
+    if known.amin() < -1 or known.amax() >= vocab:
+        raise UserError("a known token is none of this model's", f"give a code from 0 to {vocab - 1}, or -1")
 
 
 def _whole(value: Any, least: int, most: float = math.inf) -> bool:

@@ -20,7 +20,8 @@ ROOMS = """
     dvae.plots dvae.evaluate dvae.inspect dvae.foreign dvae.importers dvae.commands dvae.optim dvae.lit dvae.train
     dvae.__main__
     dalle.layout dalle.text dalle.tokens dalle.pairs dalle.scaling dalle.model dalle.describe dalle.sampling
-    dalle.rerank dalle.pipeline dalle.shrink dalle.samples dalle.prepare dalle.check dalle.evaluate dalle.compare
+    dalle.rerank dalle.caption dalle.edit dalle.pipeline dalle.shrink dalle.samples dalle.captions dalle.complete
+    dalle.prepare dalle.check dalle.evaluate dalle.compare
     dalle.maps dalle.symptoms dalle.diagnose dalle.report dalle.train dalle.demo dalle.__main__
 """.split()
 WITH_LIGHTNING = {"dvae.lit", "dvae.train", "dalle.train"}
