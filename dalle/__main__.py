@@ -20,6 +20,10 @@ dalle: text to images, stage 2 of DALL-E
   dalle test --config CONFIG --ckpt_path best           the same under the name of a test
   dalle sample RUN "a prompt" --count 16 --keep 4 --out DIR
                                                         draw pictures and rank them without CLIP
+  dalle complete RUN "a caption" --image I --rows 8     go on with a picture; also --mask, --extend, --variation
+  dalle caption RUN IMAGES                              say what pictures show
+  dalle score RUN IMAGE "text" "text" ...               which text fits a picture, or which pictures fit a text
+  dalle evaluate RUN DATA [--out DIR]                   does it work: losses, best-of-N for each ranker, controls
   dalle compare RUN DATA [--out DIR]                    drawn pictures beside true and nearest training pictures
   dalle diagnose RUN [DATA] [--out DIR]                 which stage is at fault, and what to do next
   dalle report RUN [--out FILE]                         one page of a run: curves, pictures, settings, results
@@ -35,6 +39,10 @@ COMMANDS = {
     "prepare": "dalle.prepare:prepare",
     "describe": "dalle.describe:describe",
     "sample": "dalle.samples:sample",
+    "complete": "dalle.complete:complete",
+    "caption": "dalle.captions:caption",
+    "score": "dalle.captions:score",
+    "evaluate": "dalle.evaluate:evaluate",
     "compare": "dalle.compare:compare",
     "diagnose": "dalle.diagnose:diagnose",
     "report": "dalle.report:report",

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from jsonargparse.typing import PositiveInt
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from dalle import pipeline
+from dalle.candidates import small
 from dalle.pairs import open_pairs
 from dvae import artefact, files, seeds
 from dvae.data import Source, check_names, check_outside, split
@@ -26,7 +26,6 @@ from dvae.drawings import Label, sheet
 from dvae.errors import UserError, warn
 from dvae.images import save, to_uint8
 
-SIDE = 16
 _BATCH = 512
 
 
@@ -60,8 +59,8 @@ def compare(
         candidates: pictures drawn for each caption; the best one is compared.
         temperature: above 1 more varied, below 1 more careful.
         guidance: scale of classifier-free guidance; 1 is none.
-        rerank: likelihood, pmi, half-pmi, contrast or none; null: half-pmi, or likelihood of a model that was trained
-            without dropped captions.
+        rerank: none, likelihood, pmi, half-pmi, contrast, caption, each but the first also as NAME-seen, or combined;
+            null: combined where the model captions, half-pmi or likelihood elsewhere.
         seed: another one chooses other captions and draws other pictures.
         max_bad: share of rows that may be unusable.
     """
@@ -143,11 +142,6 @@ def draw(
     numbered = enumerate(tqdm(captions, "drawing", unit="caption", leave=False, disable=None))
     each = [drawer(text, candidates, 1, seed * 1_000_000 + k, **settings)[0].image for k, text in numbered]
     return torch.stack(each)
-
-
-def small(pictures: Tensor) -> Tensor:
-    """uint8 `(B, 3, H, W)` -> float `(B, 3 SIDE SIDE)` in [0, 1]."""
-    return F.adaptive_avg_pool2d(pictures.float() / 255, SIDE).flatten(1)
 
 
 def measure(drawn: Tensor, own: Tensor, training: Source) -> tuple[list[int], list[float], list[int]]:

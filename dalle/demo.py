@@ -1,14 +1,14 @@
 """`dalle demo`: from nothing to ranked pictures in minutes, on drawn scenes, with every number judged.
 
 Trains both stages with shipped recipes (configs/dvae/demo.yaml and configs/dalle/demo.yaml, or scenes.yaml of each),
-chooses guidance, temperature and ranker on captions that are never reported, then draws 16 candidates for each of 400
-captions of known compositions and 400 of compositions that neither stage has ever seen.
+chooses guidance and temperature and fits the weights of the ranker on captions that are never reported, then draws 16
+candidates for each of 400 captions of known compositions and 400 of compositions that neither stage has ever seen.
 """
 
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -20,19 +20,21 @@ import torch
 from tqdm import tqdm
 
 from dalle import pipeline
-from dalle.evaluate import Candidates, Settings, Share, draw_and_judge
+from dalle.candidates import Candidates, Settings, Share, draw_and_judge, fit
 from dalle.prepare import Prepared, prepare, vocab
-from dvae import codebook, files, scenes
+from dalle.rerank import COMBINED
+from dvae import artefact, codebook, files, scenes
 from dvae.data import open_source
 from dvae.drawings import BAD, GOOD, Label, sheet
 from dvae.errors import UserError
-from dvae.images import save, to_uint8
+from dvae.images import save
 
 DRAWN = {"demo": 20_000, "scenes": 40_000}  # scenes that a recipe trains on
 CANDIDATES = 16
 REPORTED = 400  # captions of each kind
-CHOSEN_ON = 200  # further captions, half of each kind, for guidance, temperature and ranker
-RANKERS = ("likelihood", "pmi", "half-pmi", "contrast")
+CHOSEN_ON = 200  # further captions, half of each kind, for guidance, temperature and the ranker's weights
+FITTED = ("likelihood", "caption")  # the scores that are weighed
+RANKERS = ("likelihood", "pmi", "half-pmi", "contrast", "caption", "caption-seen", COMBINED)
 TRIED = tuple(Settings(temperature, guidance) for temperature, guidance in product((0.5, 0.7), (1.5, 2.5)))
 TRIED_CANDIDATES = 8  # enough to choose by, at half the cost
 FIRST_REPORTED, FIRST_CHOSEN_ON = 1000, 500  # indices in each split; the first 500 of val validate the trainings
@@ -63,7 +65,7 @@ def demo(
     print(f"wrote {folder / 'samples.png'}, {folder / 'report.json'}")
     print(
         f'try: dalle sample {folder / "dalle"} "a red circle above a small blue square" '
-        f"--guidance {chosen['guidance']} --temperature {chosen['temperature']} --rerank {chosen['ranker']}"
+        f"--guidance {chosen['guidance']} --temperature {chosen['temperature']}"
     )
 
 
@@ -95,11 +97,13 @@ def measure(folder: Path, seed: int, quick: bool, clock: dict[str, float]) -> di
     drawer = pipeline.load(folder / "dalle")
     reported, chosen_on = (16, 8) if quick else (REPORTED, CHOSEN_ON)
 
-    def draw(split: str, first: int, count: int, candidates: int, settings: Settings) -> Candidates:
+    def draw(
+        split: str, first: int, count: int, candidates: int, settings: Settings, names: Sequence[str]
+    ) -> Candidates:
         captions = [scenes.captions(split, index)[0] for index in range(first, first + count)]
         seeds = [seed * 1_000_000 + index for index in range(first, first + count)]
         with tqdm(total=count, desc=f"drawing {split}", unit="prompt", leave=False, disable=None) as bar:
-            return draw_and_judge(drawer, captions, candidates, seeds, settings, RANKERS, bar.update)
+            return draw_and_judge(drawer, captions, candidates, seeds, settings, names, bar.update)
 
     with timed(clock, "reconstructions"):
         known = reconstructions(drawer, "val", reported)
@@ -107,23 +111,27 @@ def measure(folder: Path, seed: int, quick: bool, clock: dict[str, float]) -> di
     with timed(clock, "choosing"):
         options = []
         for settings in TRIED:
-            both = [draw(s, FIRST_CHOSEN_ON, chosen_on // 2, TRIED_CANDIDATES, settings) for s in ("val", "heldout")]
-            for ranker in RANKERS:
-                known_share, unknown_share = (candidates.share(ranker).value for candidates in both)
-                options.append((known_share + unknown_share, settings, ranker, known_share, unknown_share))
-        _, settings, ranker, *_ = max(options, key=lambda option: option[0])
+            both = [
+                draw(s, FIRST_CHOSEN_ON, chosen_on // 2, TRIED_CANDIDATES, settings, (*FITTED, COMBINED))
+                for s in ("val", "heldout")
+            ]
+            options.append((settings, both, [candidates.share(COMBINED).value for candidates in both]))
+        settings, both, _ = max(options, key=lambda option: sum(option[2]))
+        drawer = with_weights(folder / "dalle" / "model", drawer, fit(both, FITTED))
     with timed(clock, "judging"):
         results = {
-            "seen": draw("val", FIRST_REPORTED, reported, CANDIDATES, settings),
-            "held-out": draw("heldout", FIRST_REPORTED, reported, CANDIDATES, settings),
+            "seen": draw("val", FIRST_REPORTED, reported, CANDIDATES, settings, RANKERS),
+            "held-out": draw("heldout", FIRST_REPORTED, reported, CANDIDATES, settings, RANKERS),
         }
-    picture(folder / "samples.png", results, ranker)
+    picture(folder / "samples.png", results)
     return {
-        "chosen": {**asdict(settings), "ranker": ranker},
+        "chosen": {**asdict(settings), "ranker": COMBINED},
+        "weights": drawer.weights,
         "tried": [
-            {**asdict(tried), "ranker": name, "seen": known_share, "held-out": unknown_share}
-            for _, tried, name, known_share, unknown_share in options
+            {**asdict(tried), "seen": known_share, "held-out": unknown_share}
+            for tried, _, (known_share, unknown_share) in options
         ],
+        "gap closed": {kind: candidates.gap(COMBINED) for kind, candidates in results.items()},
         "reconstructions": {"seen": known.json(), "held-out": unknown.json()},
         "codebook": codes(folder, drawer.tokenizer.config.image_size),
         "captions": {name: exactness(candidates) for name, candidates in results.items()},
@@ -138,9 +146,16 @@ def measure(folder: Path, seed: int, quick: bool, clock: dict[str, float]) -> di
     }
 
 
+def with_weights(folder: Path, drawer: pipeline.Pipeline, weights: dict[str, float]) -> pipeline.Pipeline:
+    """The model with these weights for its ranker, and its artefact in `folder` written again with them."""
+    found = artefact.load(folder, pipeline.KIND)
+    pipeline.save(folder, drawer.model, drawer.text, drawer.captions, found.parts["dvae"], found.about, weights)
+    return pipeline.load(folder)
+
+
 def exactness(candidates: Candidates) -> dict[str, dict[str, float]]:
     best = {f"best of {CANDIDATES} by {name}": candidates.share(name).json() for name in RANKERS}
-    return {"single sample": candidates.single.json(), **best, "ceiling": candidates.ceiling.json()}
+    return {"single sample": candidates.single.json(), **best, "ceiling": candidates.ceiling().json()}
 
 
 @torch.inference_mode()
@@ -170,17 +185,18 @@ def codes(folder: Path, size: int) -> dict[str, float]:
     }
 
 
-def picture(path: Path, results: dict[str, Candidates], ranker: str) -> None:
+def picture(path: Path, results: dict[str, Candidates]) -> None:
     """Four prompts of each kind, all candidates, the chosen one framed, the judge's verdict under each."""
     rows = []
     for name, candidates in results.items():
+        best = candidates.best(COMBINED)
         for prompt in range(min(4, len(candidates.captions))):
             labels = []
             for k in range(CANDIDATES):
-                true, chosen = bool(candidates.exact[prompt, k]), k == int(candidates.best[ranker][prompt])
+                true, chosen = bool(candidates.exact[prompt, k]), k == int(best[prompt])
                 labels.append(Label("true" if true else "false", GOOD if true else BAD, framed=chosen))
-            rows.append((f"{name}: {candidates.captions[prompt]}", to_uint8(candidates.images[prompt]), labels))
-    save(sheet(rows, side=64, title=f"the candidate chosen by {ranker} is framed; green: shows its caption"), path)
+            rows.append((f"{name}: {candidates.captions[prompt]}", candidates.images[prompt], labels))
+    save(sheet(rows, side=64, title="the candidate that the model chose is framed; green: shows its caption"), path)
 
 
 def table(report: dict) -> str:
@@ -190,6 +206,8 @@ def table(report: dict) -> str:
         return f"{100 * row['value']:5.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
     chosen, code = report["chosen"], report["codebook"]
+    said = ", ".join(f"{name} {weight:.3g}" for name, weight in report["weights"].items())
+    gaps = " and ".join(f"{100 * gap[0]:.0f} % ({kind})" for kind, gap in report["gap closed"].items())
     lines = ["", f"{'exact pictures, with 95 % intervals':<38}{'seen':<24}held-out compositions"]
     seen, held = report["reconstructions"]["seen"], report["reconstructions"]["held-out"]
     lines.append(f"{'reconstructions (stage 1)':<38}{share(seen):<24}{share(held)}")
@@ -197,7 +215,9 @@ def table(report: dict) -> str:
         mark = " *" if name.endswith(f"by {chosen['ranker']}") else ""
         lines.append(f"{name + mark:<38}{share(row):<24}{share(report['captions']['held-out'][name])}")
     lines += [
-        f"* chosen on other captions, with guidance {chosen['guidance']} and temperature {chosen['temperature']}",
+        f"* the model's own choice, its weights fitted on other captions: {said}; guidance {chosen['guidance']}, "
+        f"temperature {chosen['temperature']}",
+        f"ranking closes {gaps} of the gap between a single sample and the ceiling",
         "",
         f"codebook: {100 * code['used']:.1f} % of {code['codes']} codes in use over {code['tokens_per_code']:.0f} "
         f"tokens per code, perplexity {code['perplexity']:.0f}; {code['perplexity_bound']:.0f} is the most if each "

@@ -304,12 +304,14 @@ class DALLE(nn.Module):
             image_tokens: int64 (B, h, w).
             scales: how many times as large gradients are inside each of `branches`, those of its parameters too
                 (`dalle.scaling`); none are without.
-            image_first: whether the picture stands before the text; needs `config.both_orders`.
+            image_first: whether the picture stands before the text; needs `config.both_orders`. The picture may then
+                end after its first n cells, int64 (B, n), as if nobody had drawn the others yet.
         """
-        layout = self._order(image_first)
+        self._check_order(image_first)
         text, image = self._embed_text(text_ids, not image_first), self._embed_image(image_tokens, image_first)
-        x = torch.cat([image, text] if image_first else [text, image], dim=1)  # (B, S, E)
-        masks = self._masks(image_first)
+        parts = [image, text] if image_first else [text, image]
+        x = torch.cat(parts, dim=1)  # (B, S, E)
+        masks = self._masks(image_first, missing=self.layout.states - x.shape[1])
         for layer, block in enumerate(self.blocks):
             own = (None, None) if scales is None else scales[2 * layer : 2 * layer + 2]
             inputs = x, layer, None, masks.get(block.kind), own
@@ -318,7 +320,9 @@ class DALLE(nn.Module):
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*inputs)
-        text, image = x[:, layout.text][:, : layout.text_length], x[:, layout.image][:, : layout.cells]
+        first, second = x.split([part.shape[1] for part in parts], dim=1)
+        first = first[:, :-1]  # its last state has nothing left to predict
+        text, image = (second, first) if image_first else (first, second)
         return Logits(self._logits(text, self.text_head), self._logits(image, self.image_head))
 
     @torch.no_grad()
@@ -362,11 +366,12 @@ class DALLE(nn.Module):
 
     @torch.no_grad()
     def prefill_image(self, image_tokens: Tensor) -> KVCache:
-        """Read pictures (B, h, w) whole, first in their sequences; the cache that comes back is ready for text id 0."""
-        cache = self._cache(len(image_tokens))
-        layout = self._order(image_first=True)
-        masks = {kind: mask[layout.image, layout.image] for kind, mask in self._masks(image_first=True).items()}
-        self._read(self._embed_image(image_tokens, whole=True), cache, masks)
+        """Read pictures (B, h, w), or their first n cells (B, n), first in their sequences; the cache that comes back
+        is ready for text id 0."""
+        self._check_order(image_first=True)
+        cache, x = self._cache(len(image_tokens)), self._embed_image(image_tokens, whole=True)
+        masks = {kind: mask[: x.shape[1], : x.shape[1]] for kind, mask in self._masks(image_first=True).items()}
+        self._read(x, cache, masks)
         return cache
 
     @torch.no_grad()
@@ -376,18 +381,18 @@ class DALLE(nn.Module):
         Args:
             ids: int64 (B,), what stands at place - 1; None at place 0, where start-of-text is read.
         """
-        assert cache.length == self.image_first_layout.text.start + place and (ids is None) == (place == 0)
+        assert (ids is None) == (place == 0)
         held = self.start[0].expand(cache.keys.shape[1], -1) if ids is None else self.text_embedding(ids)
         x = held + self.text_position.weight[place]
         return self._logits(self._read(x[:, None], cache, {}), self.text_head)[:, 0]
 
     @torch.no_grad()
     def score_text(self, text_ids: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, T, V) of whole texts (B, T) after the pictures in a cache of B rows, in one pass; like `score`."""
-        length, layout = cache.length, self._order(image_first=True)
-        assert length == layout.text.start
-        mask = layout.mask()[layout.text].to(self.start.device)
-        x = self._read(self._embed_text(text_ids, whole=False), cache, dict.fromkeys(self.config.kinds, mask))
+        """Logits (B, T, V) of texts (B, T), or of their first n ids, after the pictures in a cache of B rows, in one
+        pass; like `score`."""
+        length, x = cache.length, self._embed_text(text_ids, whole=False)
+        mask = torch.ones(x.shape[1], length + x.shape[1], dtype=torch.bool, device=x.device).tril(length)
+        x = self._read(x, cache, dict.fromkeys(self.config.kinds, mask))
         cache.truncate(length)
         return self._logits(x, self.text_head)
 
@@ -399,14 +404,20 @@ class DALLE(nn.Module):
             x = block(x, layer)
         return self._logits(x[:, :-1], self.text_head)
 
-    def _order(self, image_first: bool) -> Layout:
+    def _check_order(self, image_first: bool) -> None:
         assert self.config.both_orders or not image_first, "this model reads text first only"
-        return self.image_first_layout if image_first else self.layout
 
-    def _masks(self, image_first: bool) -> dict[str, Tensor]:
-        """What each kind of block has to be told to read, bool (S, S); nothing for full attention, which is causal."""
+    def _masks(self, image_first: bool, missing: int = 0) -> dict[str, Tensor]:
+        """What each kind of block has to be told to read, bool (S, S); nothing for full attention, which is causal.
+        Without the last `missing` states of a picture that comes first."""
         order = "image_first_" if image_first else ""
-        return {kind: self.get_buffer(f"{kind}_{order}mask") for kind in self._patterns}
+        masks = {kind: self.get_buffer(f"{kind}_{order}mask") for kind in self._patterns}
+        if not missing:
+            return masks
+        states = torch.arange(self.layout.states, device=self.start.device)
+        end = self.image_first_layout.image.stop
+        left = states[(states < end - missing) | (states >= end)]
+        return {kind: mask[left][:, left] for kind, mask in masks.items()}
 
     def _cache(self, rows: int) -> KVCache:
         config, device = self.config, self.start.device.type

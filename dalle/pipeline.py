@@ -9,7 +9,8 @@ Lightning.
 """
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.model import DALLE, DALLEConfig
-from dalle.rerank import Scorer, rank, scorer
-from dalle.sampling import Sampled, sample
+from dalle.rerank import COMBINED, NAMES, SEEN, WEIGHTS, Evidence, Scorer, partly, rank, scorer, stages
+from dalle.sampling import Sampled, sample, sample_pruned
 from dalle.text import Text
 from dvae import artefact
 from dvae.errors import ArtefactError, UserError, warn
@@ -53,7 +54,14 @@ class Picture:
 
 
 class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-image"], license="mit"):
-    """Draws pictures for captions and ranks them without CLIP."""
+    """Draws pictures for captions and ranks them without CLIP.
+
+    Args:
+        captions: a sample of those that it was trained on.
+        source: where it was loaded from.
+        knows_null: whether it was trained with dropped captions, so that guidance, pmi and half-pmi mean something.
+        weights: of the scores in `combined`, fitted for this model; None for those of `dalle.rerank.WEIGHTS`.
+    """
 
     def __init__(
         self,
@@ -62,14 +70,41 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
         tokenizer: ImageTokenizer,
         captions: Sequence[str],
         source: Path,
-        ranker: str = "half-pmi",
+        knows_null: bool = True,
+        weights: Mapping[str, float] | None = None,
     ):
         self.model, self.text, self.tokenizer = model, text, tokenizer
-        self.captions, self.source, self.ranker = list(captions), source, ranker
+        self.captions, self.source, self.knows_null = list(captions), source, knows_null
+        self.fitted = None if weights is None else dict(weights)
         self.captions_ids = text.encode(self.captions)
 
+    @property
+    def ranker(self) -> str:
+        """By what pictures are ranked unless told otherwise: combined where weights were fitted or the model captions,
+        half-pmi where it does not, likelihood where it never learned the null prompt either."""
+        if self.fitted is not None or self.model.config.both_orders:
+            return COMBINED
+        return "half-pmi" if self.knows_null else "likelihood"
+
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """Of the scores in `combined`: those fitted for this model, else the default of models of both orders."""
+        return self.fitted if self.fitted is not None or not self.model.config.both_orders else dict(WEIGHTS)
+
     def scorer(self, name: str) -> Scorer:
-        return scorer(name, captions_ids=self.captions_ids, null_ids=self.text.null())
+        """The scorer of that name, see `dalle.rerank`."""
+        return scorer(
+            name, self.captions_ids, self.text.null(), self.repaint, self.weights, self.model.config.both_orders
+        )
+
+    def evidence(self, text_ids: Tensor, sampled: Sampled) -> Evidence:
+        """What the model says about the candidates of one caption (1, T): every score, each part computed once."""
+        known = self.captions_ids, self.text.null(), self.repaint, self.weights
+        return Evidence(self.model, text_ids, sampled, *known)
+
+    def repaint(self, tokens: Tensor) -> Tensor:
+        """Paint tokens (N, h, w), and read the pictures again, as a viewer would see them."""
+        return self.tokenizer.encode(to_uint8(self.tokenizer.decode(tokens.cpu())).float() / 255).to(tokens.device)
 
     def sample(self, captions: Sequence[str], count: int, seeds: int | Sequence[int] = 0, **settings: Any) -> Sampled:
         """`count` candidates for each caption, unranked; see `dalle.sampling.sample` for the settings."""
@@ -89,41 +124,47 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
         top_p: float | None = None,
         guidance: float = 1.0,
         rerank: str | None = None,
+        prune: bool = False,
         exact: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> list[Picture]:
         """Draw `count` pictures for the caption and return the `keep` that the scorer likes best, best first.
 
-        Without `rerank` that is `ranker`: half-pmi, or likelihood where the null prompt was never learned.
+        Without `rerank` that is `ranker`. With `prune` those that look hopeless on the way are not drawn to their end
+        (`dalle.rerank.stages`): the others are what they would have been, for less than half the work.
         A picture that was drawn twice is kept twice only where there are not enough others.
         The same seed gives the same pictures, whatever else is drawn beside them.
         """
         if not 1 <= keep <= count:
             raise UserError(f"keep is {keep} of count {count}", "keep from 1 to as many pictures as are drawn")
         score = self.scorer(self.ranker if rerank is None else rerank)
-        ids = self.text.encode(caption)
-        sampled = self.sample(
-            [caption],
-            count,
-            seed,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance=guidance,
-            exact=exact,
-            progress=progress,
-        )
+        ids, numbers = self.text.encode(caption), torch.arange(count)
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+        if prune:
+            halts = stages(count, math.prod(self.model.config.grid))
+            left = min((left for _, left in halts), default=count)
+            if exact or keep > left:
+                raise UserError(
+                    f"prune draws {left} of {count} pictures to their end, and not bit for bit",
+                    f"keep at most {left}, without exact, or do not prune",
+                )
+            null_ids = self.text.null()
+            hope = partly(null_ids if self.knows_null else None, self.model.config.both_orders)
+            settings |= {"null_ids": null_ids, "seed": seed, "progress": progress}
+            sampled, numbers = sample_pruned(self.model, ids, count, halts, hope, **settings)
+        else:
+            sampled = self.sample([caption], count, seed, exact=exact, progress=progress, **settings)
         scores = score(self.model, ids, sampled)
         order = _distinct_first(rank(scores), sampled.tokens)[:keep]
         images = to_uint8(self.tokenizer.decode(sampled.tokens[order]))
         return [
-            Picture(image, sampled.tokens[k], caption, seed, k, float(scores[k]))
+            Picture(image, sampled.tokens[k], caption, seed, int(numbers[k]), float(scores[k]))
             for image, k in zip(images, order.tolist(), strict=True)
         ]
 
     def _save_pretrained(self, save_directory: Path) -> None:
         about = artefact.load(self.source, KIND)
-        save(save_directory, self.model, self.text, self.captions, about.parts["dvae"], about.about)
+        save(save_directory, self.model, self.text, self.captions, about.parts["dvae"], about.about, self.fitted)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, cache_dir: Any, force_download: bool, local_files_only: bool,
@@ -144,15 +185,9 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
         )
 
 
-def ranker(about: dict[str, Any]) -> str:
-    """By what a transformer's pictures are ranked unless told otherwise: without dropped captions in its training the
-    null prompt, and with it pmi and guidance, means nothing to it."""
-    return "likelihood" if about.get("caption_dropout") == 0 else "half-pmi"
-
-
 def warn_of_null(drawer: Pipeline, guidance: float, rerank: str | None) -> None:
     """Tell the user of settings that need the null prompt, of a model that never learned it."""
-    if drawer.ranker == "likelihood" and (guidance != 1 or rerank in ("pmi", "half-pmi")):
+    if not drawer.knows_null and (guidance != 1 or (rerank or "").removesuffix(SEEN) in ("pmi", "half-pmi")):
         warn(
             "this model was trained without dropped captions: guidance, pmi and half-pmi mean nothing to it",
             "draw with guidance 1 and rank by likelihood or contrast, or train it with --data.caption_dropout 0.1",
@@ -171,15 +206,25 @@ def _distinct_first(order: Tensor, tokens: Tensor) -> Tensor:
 
 
 def save(
-    folder: str | Path, model: DALLE, text: Text, captions: Sequence[str], dvae: Path, about: dict[str, Any]
+    folder: str | Path,
+    model: DALLE,
+    text: Text,
+    captions: Sequence[str],
+    dvae: Path,
+    about: dict[str, Any],
+    weights: Mapping[str, float] | None = None,
 ) -> str:
-    """Write the artefact of a trained transformer with all that it needs; returns its digest."""
+    """Write the artefact of a trained transformer with all that it needs, and the `weights` of its scores where some
+    were fitted; returns its digest."""
+    files = {"text": text.to_json(), "captions": json.dumps(list(captions), ensure_ascii=False)}
+    if weights is not None:
+        files["ranker"] = json.dumps({"weights": dict(weights)})
     return artefact.save(
         folder,
         KIND,
         asdict(model.config),
         model.state_dict(),
-        files={"text": text.to_json(), "captions": json.dumps(list(captions), ensure_ascii=False)},
+        files=files,
         parts={"dvae": dvae},
         about=about,
     )
@@ -232,4 +277,18 @@ def load(run: str | Path) -> Pipeline:
         captions = None
     if not (isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)):
         raise ArtefactError(f"the captions of {run} are not a list of texts", "save it again")
-    return Pipeline(model, text, tokenizer, captions, artefact.find(run, KIND), ranker(found.about))
+    knows_null = found.about.get("caption_dropout") != 0
+    return Pipeline(model, text, tokenizer, captions, artefact.find(run, KIND), knows_null, _weights(found, run))
+
+
+def _weights(found: artefact.Artefact, run: str | Path) -> dict[str, float] | None:
+    """Of the scores in `combined`, where the artefact carries some."""
+    if "ranker" not in found.files:
+        return None
+    try:
+        weights = json.loads(found.files["ranker"])["weights"]
+        if not weights or not all(name in NAMES and name != COMBINED for name in weights):
+            raise ValueError
+        return {name: float(weight) for name, weight in weights.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtefactError(f"{run} carries no weights of known scores to rank by", "save it again") from error

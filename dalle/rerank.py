@@ -10,15 +10,22 @@ ids, the tokens and at most a sample of captions that the trained artefact carri
 | pmi        | ln p(i given y) - ln p(i given null)     | how much the caption explains; cancels plainness         |
 | half-pmi   | ln p(i given y) - 1/2 ln p(i given null) | likely, but for the caption rather than in general       |
 | contrast   | ln p(i given y) - ln mean p(i given y_k) | this caption rather than its nearest neighbours y_k      |
+| caption    | ln p(y given i)                          | reading the picture first, the model says these words    |
+| combined   | a weighted sum of some of the above      | what is right most often, see `WEIGHTS`                  |
 
 `contrast` is the posterior of the caption among its neighbours, up to a constant; the mean is over y and all y_k.
+`caption` needs a model of both orders. To subtract ln p(y) from it, as one must between captions, changes nothing
+between the pictures of one caption.
+
+A name followed by `-seen` judges what a viewer will see: the tokens that the image tokenizer reads in the painted
+picture, not those that were drawn. What the decoder has spoilt shows there only.
 
 Shapes: P captions, N pictures, T text ids.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -29,30 +36,85 @@ from dvae.errors import UserError
 
 Scorer = Callable[[DALLE, Tensor, Sampled], Tensor]
 
-_LOGITS = 2**25  # numbers that one scoring pass may hold as logits, 128 MB in float32
 NEIGHBOURS = 4
+WEIGHTS = {"caption": 1.0, "likelihood": 0.2}  # of `combined`, for models of both orders that carry none
+
+SEEN, COMBINED = "-seen", "combined"
+
+_LOGITS = 2**25  # numbers that one scoring pass may hold as logits, 128 MB in float32
 
 
-def none(model: DALLE, text_ids: Tensor, sampled: Sampled) -> Tensor:
-    return torch.zeros(len(sampled.tokens), device=sampled.logprobs.device)
+class Evidence:
+    """What a model says about N pictures of one caption. Each part is computed when it is first asked for, and once.
+
+    Args:
+        text_ids: int64 (1, T).
+        captions_ids: int64 (M, T), the sample of captions that rivals are taken from.
+        null_ids: int64 (1, T), the null prompt.
+        repaint: tokens (N, h, w) -> the tokens that the image tokenizer reads in the painted pictures.
+        weights: of other scores in `combined`.
+    """
+
+    def __init__(
+        self,
+        model: DALLE,
+        text_ids: Tensor,
+        sampled: Sampled,
+        captions_ids: Tensor | None = None,
+        null_ids: Tensor | None = None,
+        repaint: Callable[[Tensor], Tensor] | None = None,
+        weights: Mapping[str, float] | None = None,
+    ):
+        self.model, self.text_ids, self.sampled = model, text_ids, sampled
+        self.captions_ids, self.null_ids, self.repaint, self.weights = captions_ids, null_ids, repaint, weights
+
+    @functools.cached_property
+    def likelihood(self) -> Tensor:
+        """From sampling, or from one more pass for tokens that were not drawn."""
+        if self.sampled.logprobs is not None:
+            return self.sampled.logprobs.sum(1)
+        return log_likelihoods(self.model, self.text_ids, self.sampled.tokens)[0]
+
+    @functools.cached_property
+    def null(self) -> Tensor:
+        """ln p(i given null), from sampling where guidance computed it, else from one more pass."""
+        if self.sampled.null is not None:
+            return self.sampled.null.sum(1)
+        return log_likelihoods(self.model, self.null_ids, self.sampled.tokens)[0]
+
+    @functools.cached_property
+    def contrast(self) -> Tensor:
+        rivals = nearest(self.text_ids, self.captions_ids, NEIGHBOURS, self.model.config.vocab_text)
+        everyone = torch.cat([self.likelihood[None], log_likelihoods(self.model, rivals, self.sampled.tokens)])
+        return self.likelihood - (everyone.logsumexp(0) - math.log(len(everyone)))
+
+    @functools.cached_property
+    def caption(self) -> Tensor:
+        return text_log_likelihoods(self.model, self.text_ids, self.sampled.tokens)[0]
+
+    @functools.cached_property
+    def seen(self) -> "Evidence":
+        """The same of the tokens that are read in the painted pictures."""
+        tokens = Sampled(self.repaint(self.sampled.tokens), None, None)
+        return Evidence(self.model, self.text_ids, tokens, self.captions_ids, self.null_ids)
+
+    def score(self, name: str) -> Tensor:
+        """The score of that name, (N,)."""
+        if name == COMBINED:
+            return sum(weight * self.score(part) for part, weight in self.weights.items())
+        if name.endswith(SEEN):
+            return self.seen.score(name.removesuffix(SEEN))
+        return SCORES[name](self)
 
 
-def likelihood(model: DALLE, text_ids: Tensor, sampled: Sampled) -> Tensor:
-    return sampled.logprobs.sum(1)
-
-
-def pmi(model: DALLE, text_ids: Tensor, sampled: Sampled, *, null_ids: Tensor, weight: float = 1.0) -> Tensor:
-    """The null prompt's share is taken from `sampled` where guidance computed it, else from one more pass."""
-    null = log_likelihoods(model, null_ids, sampled.tokens)[0] if sampled.null is None else sampled.null.sum(1)
-    return sampled.logprobs.sum(1) - weight * null
-
-
-def contrast(model: DALLE, text_ids: Tensor, sampled: Sampled, *, captions_ids: Tensor) -> Tensor:
-    """Against the 4 nearest other captions of the sample `captions_ids` (M, T)."""
-    rivals = nearest(text_ids, captions_ids, NEIGHBOURS, model.config.vocab_text)
-    own = sampled.logprobs.sum(1)
-    everyone = torch.cat([own[None], log_likelihoods(model, rivals, sampled.tokens)])  # (K + 1, N)
-    return own - (everyone.logsumexp(0) - math.log(len(everyone)))
+SCORES: dict[str, Callable[[Evidence], Tensor]] = {
+    "none": lambda e: torch.zeros(len(e.sampled.tokens), device=e.sampled.tokens.device),
+    "likelihood": lambda e: e.likelihood,
+    "pmi": lambda e: e.likelihood - e.null,
+    "half-pmi": lambda e: e.likelihood - e.null / 2,
+    "contrast": lambda e: e.contrast,
+    "caption": lambda e: e.caption,
+}
 
 
 @torch.inference_mode()
@@ -74,21 +136,30 @@ def log_likelihoods(model: DALLE, text_ids: Tensor, tokens: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def text_log_likelihoods(model: DALLE, text_ids: Tensor, tokens: Tensor) -> Tensor:
-    """ln p(caption | picture), (P, N), pads counted: they say that the caption ends where it does.
+    """ln p(caption | picture), (P, N), of all words and of the first pad, which says that the caption ends there.
 
-    Each picture is read once; pairs are then scored in one teacher-forced pass for as many as fit. Needs a model of both
-    orders.
+    Pictures may be unfinished, (N, n) of their cells. Each is read once; pairs are then scored in one teacher-forced
+    pass for as many as fit. It takes a model of both orders.
     """
-    texts, pictures = len(text_ids), len(tokens)
+    texts, pictures, c = len(text_ids), len(tokens), model.config
+    told = spoken(text_ids, c.vocab_text)
+    text_ids, told = text_ids[:, : told.sum(1).max()], told[:, : told.sum(1).max()]
     prefix = model.prefill_image(tokens)
     pairs = torch.arange(texts * pictures)
     sums = [torch.empty(0, device=tokens.device)]
-    ids_all = model.config.vocab_text + model.config.text_length
-    for rows in pairs.split(max(1, _LOGITS // (model.config.text_length * ids_all))):
-        targets = text_ids[(rows // pictures).to(text_ids.device)]  # (R, T)
+    for rows in pairs.split(max(1, _LOGITS // (text_ids.shape[1] * (c.vocab_text + c.text_length)))):
+        of_text = (rows // pictures).to(text_ids.device)
+        targets = text_ids[of_text]  # (R, n)
         logits = model.score_text(targets, prefix.select(rows % pictures))
-        sums.append(logits.log_softmax(-1).gather(2, targets[..., None]).sum((1, 2)))
+        logprobs = logits.log_softmax(-1).gather(2, targets[..., None])[..., 0]
+        sums.append(logprobs.where(told[of_text], 0).sum(1))
     return torch.cat(sums).unflatten(0, (texts, pictures))
+
+
+def spoken(text_ids: Tensor, vocab_text: int) -> Tensor:
+    """bool (P, T): the words of texts (P, T), and the first pad, which ends each; what comes after it is certain."""
+    words = text_ids < vocab_text
+    return words | (words.cumsum(1) == torch.arange(text_ids.shape[1], device=words.device))
 
 
 def nearest(text_ids: Tensor, captions_ids: Tensor, k: int, vocab_text: int) -> Tensor:
@@ -110,17 +181,60 @@ def nearest(text_ids: Tensor, captions_ids: Tensor, k: int, vocab_text: int) -> 
     return torch.tensor(chosen, dtype=torch.int64, device=text_ids.device).reshape(-1, text_ids.shape[1])
 
 
-def scorer(name: str, captions_ids: Tensor | None = None, null_ids: Tensor | None = None) -> Scorer:
-    """The scorer of that name, with what it needs: `contrast` a sample of captions (M, T), `pmi` the null prompt."""
-    if name in ("pmi", "half-pmi") and null_ids is not None:
-        return functools.partial(pmi, null_ids=null_ids, weight=1.0 if name == "pmi" else 0.5)
-    if name == "contrast" and captions_ids is not None and len(captions_ids):
-        return functools.partial(contrast, captions_ids=captions_ids)
-    if name in ("pmi", "half-pmi", "contrast"):
-        raise UserError(f"this model carries nothing to rank by {name} with", "rank by likelihood or none")
-    if name not in ("none", "likelihood"):
-        raise UserError(f"there is no score named {name!r}", "choose one of none, likelihood, pmi, half-pmi, contrast")
-    return {"none": none, "likelihood": likelihood}[name]
+NAMES: tuple[str, ...] = (*SCORES, *(name + SEEN for name in SCORES if name != "none"), COMBINED)
+
+
+def scorer(
+    name: str,
+    captions_ids: Tensor | None = None,
+    null_ids: Tensor | None = None,
+    repaint: Callable[[Tensor], Tensor] | None = None,
+    weights: Mapping[str, float] | None = None,
+    both_orders: bool = True,
+) -> Scorer:
+    """The scorer of that name.
+
+    Args:
+        captions_ids, null_ids, repaint: see `Evidence`; what is None cannot be used.
+        weights: of other scores in `combined`.
+        both_orders: whether the model that will be asked reads pictures first, too.
+    Raises:
+        UserError: there is no such score, or something that it needs is not there.
+    """
+    if name not in NAMES:
+        raise UserError(f"there is no score named {name!r}", f"choose one of {', '.join(NAMES)}")
+    parts = (weights or {}) if name == COMBINED else {name: 1.0}
+    if not parts:
+        raise UserError("this model carries no weights to rank by combined with", "rank by likelihood or none")
+    for part in parts:
+        plain = part.removesuffix(SEEN)
+        if plain == "caption" and not both_orders:
+            raise UserError(
+                f"this model draws but does not caption, and {name} asks it to",
+                "rank by another score, or train it with --model.image_first.share 0.25",
+            )
+        lacks = (plain in ("pmi", "half-pmi") and null_ids is None) or (plain != part and repaint is None)
+        if lacks or (plain == "contrast" and (captions_ids is None or not len(captions_ids))):
+            raise UserError(f"this model carries nothing to rank by {part} with", "rank by likelihood or none")
+
+    def score(model: DALLE, text_ids: Tensor, sampled: Sampled) -> Tensor:
+        return Evidence(model, text_ids, sampled, captions_ids, null_ids, repaint, weights).score(name)
+
+    return score
+
+
+def partly(null_ids: Tensor | None, both_orders: bool) -> Scorer:
+    """What can be said of unfinished pictures, whose tokens are (R, cells): the default of a model that captions, else
+    half-pmi of the cells so far, or likelihood without a null prompt (1, T)."""
+    name = COMBINED if both_orders else "likelihood" if null_ids is None else "half-pmi"
+    return scorer(name, null_ids=null_ids, weights=WEIGHTS, both_orders=both_orders)
+
+
+def stages(count: int, cells: int) -> tuple[tuple[int, int], ...]:
+    """When early pruning leaves pictures behind: (cells drawn, pictures that go on). Of 64 pictures 24 go on after a
+    quarter of the cells and 12 after half of them, which is 44 % of the work."""
+    halts = ((cells // 4, math.ceil(3 * count / 8)), (cells // 2, math.ceil(3 * count / 16)))
+    return tuple((cell, keep) for cell, keep in halts if cell)
 
 
 def rank(scores: Tensor) -> Tensor:

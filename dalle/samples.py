@@ -26,6 +26,7 @@ def sample(
     top_p: float | None = None,
     guidance: float = 1.0,
     rerank: str | None = None,
+    prune: bool = False,
     seed: int = 0,
     exact: bool = False,
     out: str = "samples",
@@ -42,8 +43,9 @@ def sample(
         top_k: draw from the k most likely codes only.
         top_p: draw from the most likely codes that together have this probability.
         guidance: scale of classifier-free guidance; 1 is none.
-        rerank: likelihood, pmi, half-pmi, contrast or none; null: half-pmi, or likelihood of a model that was trained
-            without dropped captions.
+        rerank: none, likelihood, pmi, half-pmi, contrast, caption, each but the first also as NAME-seen, or combined;
+            null: combined where the model captions, half-pmi or likelihood elsewhere.
+        prune: leave hopeless candidates behind on the way: best of 64 for less than the half of its work.
         seed: the same seed draws the same pictures.
         exact: bit-equal pictures whatever is drawn beside them; slower.
         out: folder for the pictures, a labelled grid and a JSON of how they were made.
@@ -59,7 +61,7 @@ def sample(
         problem = EnvironmentProblem(f"{out} cannot be written: {error.strerror}", "choose another folder with --out")
         raise problem from error
     drawer = pipeline.load(run)
-    settings |= {"rerank": drawer.ranker if rerank is None else rerank, "exact": exact}
+    settings |= {"rerank": drawer.ranker if rerank is None else rerank, "prune": prune, "exact": exact}
     pipeline.warn_of_null(drawer, guidance, rerank)
     digest = artefact.digest(drawer.source)
     cells = drawer.model.config.grid[0] * drawer.model.config.grid[1]

@@ -140,7 +140,7 @@ def sample(
                 rows += [len(ids) + text for text in range(len(beside)) for _ in chunk]
                 uniforms = torch.stack([_uniforms(seeds[prompt], k, cells) for prompt, k in chunk])
                 given = None if known is None else known.flatten(1)[[prompt for prompt, _ in chunk]]
-                drawing = Drawing(model, prefix.select(rows), weights, uniforms, choose, chunk, given)
+                drawing = Drawing(model, prefix.select(rows), weights, guidance != 1, uniforms, choose, chunk, given)
                 wanted = sum(k < count for _, k in chunk)
                 for _ in range(cells):
                     drawing.step()
@@ -201,7 +201,7 @@ def sample_pruned(
         prefix = model.prefill(torch.cat([text_ids, *(text.to(text_ids) for text in beside)]))
         cache = prefix.expand(count)
         uniforms = torch.stack([_uniforms(seed, k, cells) for k in range(count)])
-        drawing = Drawing(model, cache, weights, uniforms, choose, [(0, k) for k in range(count)])
+        drawing = Drawing(model, cache, weights, guidance != 1, uniforms, choose, [(0, k) for k in range(count)])
         for cell in range(1, cells + 1):
             drawing.step()
             if progress is not None:
@@ -218,8 +218,10 @@ class Drawing:
     """R pictures on their way, cell by cell; `select` goes on with some of them.
 
     Args:
-        cache: a prefilled cache of R rows for each weight: the pictures' own prompts, then the texts beside them.
+        cache: a prefilled cache of R rows for each weight: the pictures' own prompts, then the texts beside them, the
+            null prompt first.
         weights: of the logits of each of these texts in the mixture that is drawn from.
+        guided: whether the null prompt is among them.
         uniforms: float64 (R, N).
         choose: tokens (R,) of logits (R, K) and uniforms (R,).
         names: (prompt, k) of each picture, for errors.
@@ -231,12 +233,13 @@ class Drawing:
         model: DALLE,
         cache: KVCache,
         weights: Sequence[float],
+        guided: bool,
         uniforms: Tensor,
         choose: Callable[[Tensor, Tensor], Tensor],
         names: Sequence[tuple[int, int]],
         known: Tensor | None = None,
     ):
-        self.model, self.cache, self.weights, self.uniforms = model, cache, weights, uniforms
+        self.model, self.cache, self.weights, self.guided, self.uniforms = model, cache, weights, guided, uniforms
         self.choose, self.names, self.known = choose, names, known
         self.tokens: list[Tensor] = []
         self.logprobs: list[tuple[Tensor, ...]] = []  # of each text
@@ -266,7 +269,7 @@ class Drawing:
     def sampled(self) -> Sampled:
         """What was drawn so far: tokens (R, cells), and the columns beside them."""
         text, *beside = (torch.stack(column, 1) for column in zip(*self.logprobs, strict=True))
-        return Sampled(torch.stack(self.tokens, 1), text, beside[0] if beside else None)
+        return Sampled(torch.stack(self.tokens, 1), text, beside[0] if self.guided else None)
 
     def select(self, rows: Tensor) -> "Drawing":
         """The pictures of these rows, int64, on their way."""
@@ -274,7 +277,8 @@ class Drawing:
         cache = self.cache.select(torch.cat([text * size + rows for text in texts]))
         known = None if self.known is None else self.known[rows]
         names = [self.names[row] for row in rows.tolist()]
-        chosen = Drawing(self.model, cache, self.weights, self.uniforms[rows], self.choose, names, known)
+        mixture = self.weights, self.guided
+        chosen = Drawing(self.model, cache, *mixture, self.uniforms[rows], self.choose, names, known)
         chosen.tokens = [token[rows] for token in self.tokens]
         chosen.logprobs = [tuple(column[rows] for column in columns) for columns in self.logprobs]
         return chosen

@@ -30,7 +30,8 @@ def shrink(run: str, out: str = "small") -> None:
     with tempfile.TemporaryDirectory() as tokenizer:
         about = artefact.verify(found.parts[KIND])["about"]
         _rounded(drawer.tokenizer).save(tokenizer, about)
-        pipeline.save(folder, _rounded(drawer.model), drawer.text, drawer.captions, Path(tokenizer), found.about)
+        model, parts = _rounded(drawer.model), (drawer.text, drawer.captions, Path(tokenizer), found.about)
+        pipeline.save(folder, model, *parts, drawer.fitted)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"wrote {out}, {size / 1e6:.1f} MB")
 

@@ -4,11 +4,12 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
@@ -125,19 +126,29 @@ class ImageFirst:
 
     Args:
         share: of the batches, from 0 (none) to below 1.
+        word_dropout: chance of each word to be hidden from the words after it, by the pad of its place; so each is
+            read from the picture rather than guessed from its neighbours (Bowman et al. 2016). All are still predicted.
+        cut: chance of a batch's pictures to end after some of their cells, so that the model can say what an unfinished
+            picture promises: what early pruning asks.
         text_weight: of the mean text loss there, pads counted, for they say where a caption ends: -ln p(text | image).
         image_weight: of the mean image loss there: -ln p(image).
     """
 
     share: float = 0.0
+    word_dropout: float = 0.0
+    cut: float = 0.25
     text_weight: float = 7 / 8
     image_weight: float = 1 / 8
 
     def __post_init__(self):
         if not 0 <= self.share < 1:
-            raise UserError(f"image_first.share is {self.share}", "give a share from 0 to below 1, such as 0.25")
-        if not self.share and (self.text_weight, self.image_weight) != (7 / 8, 1 / 8):
-            raise UserError("image_first has weights and share 0", "set image_first.share, such as 0.25")
+            raise UserError(f"image_first.share is {self.share}", "give a share from 0 to below 1, such as 0.5")
+        for name in ("word_dropout", "cut"):
+            if not 0 <= (chance := getattr(self, name)) <= 1:
+                raise UserError(f"image_first.{name} is {chance}", "give a chance from 0 to 1, such as 0.25")
+        unused = [field.name for field in fields(self)[1:] if getattr(self, field.name) != field.default]
+        if unused and not self.share:
+            raise UserError(f"image_first sets {', '.join(unused)}, and share 0", "set image_first.share, such as 0.5")
 
 
 class LitDALLE(lit.Lit):
@@ -258,8 +269,14 @@ class LitDALLE(lit.Lit):
 
     def step(self, batch: dict[str, Any], update: int, batch_index: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         ids, tokens = batch["text_ids"], batch["image_tokens"]
-        image_first = seeds.rng(self.seed, "order", batch_index).random() < self.image_first.share
-        logits = self.model(ids, tokens, None if self.scales is None else self.scales.values, image_first)
+        rng = seeds.rng(self.seed, "order", batch_index)
+        image_first = rng.random() < self.image_first.share
+        shown = ids
+        if image_first:
+            shown, cells = self._hide(ids, rng), tokens[0].numel()
+            ends = int(rng.integers(1, cells + 1)) if rng.random() < self.image_first.cut else cells
+            tokens = tokens.flatten(1)[:, :ends]
+        logits = self.model(shown, tokens, None if self.scales is None else self.scales.values, image_first)
         text, image = losses(logits, ids, tokens, batch["keep_text"], self.pad_targets or image_first)
         if image_first:
             loss = self.image_first.text_weight * text + self.image_first.image_weight * image
@@ -276,6 +293,12 @@ class LitDALLE(lit.Lit):
             "train/image_loss": image.detach(),
             "train/image_accuracy": accuracy,
         }
+
+    def _hide(self, ids: Tensor, rng: np.random.Generator) -> Tensor:
+        """Text ids (B, T) with some words replaced by the pads of their places."""
+        pads = torch.arange(self.model.config.vocab_text, self.model.config.vocab_text + ids.shape[1]).to(ids)
+        hidden = torch.from_numpy(rng.random(ids.shape) < self.image_first.word_dropout).to(ids.device)
+        return torch.where(hidden, pads, ids)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         reduce = partial(self.trainer.strategy.reduce, reduce_op="max")
@@ -361,9 +384,9 @@ class DrawPrompts(Callback):
             return
         prepared: Prepared = trainer.datamodule.prepared
         captions = [prepared.val.captions(row)[0] for row in range(min(self.prompts, len(prepared.val)))]
-        ranker = pipeline.ranker({"caption_dropout": trainer.datamodule.caption_dropout})
+        knows_null = trainer.datamodule.caption_dropout > 0
         drawn = pipeline.Pipeline(
-            module.model, prepared.text, load_dvae(prepared.dvae), captions, prepared.folder, ranker
+            module.model, prepared.text, load_dvae(prepared.dvae), captions, prepared.folder, knows_null
         )
         sampled = drawn.sample(captions, count=4)
         images = to_uint8(drawn.tokenizer.decode(sampled.tokens.cpu()))

@@ -128,12 +128,31 @@ def dotted(args: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return rest, settings
 
 
+def options_first(args: Sequence[str]) -> list[str]:
+    """The arguments with each `--name value` before all others: argparse fills a list with those positional arguments
+    that stand together, and does not go on with it after an option."""
+    options, rest, given = [], [], iter(args)
+    for arg in given:
+        if arg == "--":  # no option comes after it
+            rest += [arg, *given]
+        elif not arg.startswith("--"):
+            rest.append(arg)
+        elif "=" in arg or arg in ASKS_FOR_HELP:
+            options.append(arg)
+        elif (value := next(given, None)) is None:
+            return list(args)  # the parser says that it has no value
+        else:
+            options += [arg, value]
+    return options + rest
+
+
 def call(program: str, command: Callable, args: Sequence[str], optional: dict[str, str] | None = None) -> None:
     """Run `command` with arguments from a command line.
 
     Parameters without a default are positional, the others are `--options`; those in `optional` (name and help) are
     positional too and may be left away. A switch may stand alone: `--exact` means `--exact true`. A parameter
-    `settings` is a dictionary of all `--options` with a dot in their names, and no option itself.
+    `settings` is a dictionary of all `--options` with a dot in their names, and no option itself. A `list[str]` without
+    a default takes all positional arguments that are left, none too, to the letter.
     """
     optional, given, parameters = optional or {}, list(args), inspect.signature(command).parameters
     given, settings = dotted(given) if "settings" in parameters else (given, {})
@@ -141,10 +160,15 @@ def call(program: str, command: Callable, args: Sequence[str], optional: dict[st
     for place in reversed(range(len(given))):
         if given[place] in switches and given[place + 1 : place + 2] not in (["true"], ["false"]):
             given.insert(place + 1, "true")
+    lists = [name for name, p in parameters.items() if p.annotation == list[str] and p.default is p.empty]
+    given = options_first(given) if lists else given
     parser = Parser(prog=program, description=(command.__doc__ or "").split("\n\n")[0])
-    parser.add_function_arguments(command, as_group=False, as_positional=True, skip={"settings", *optional})
+    parser.add_function_arguments(command, as_group=False, as_positional=True, skip={"settings", *optional, *lists})
     for name, text in optional.items():
         parser.add_argument(name, nargs="?", help=text)
+    for name in lists:
+        found = re.search(rf"^ +{name}: (.+(?:\n {{8}}.+)*)", inspect.getdoc(command) or "", re.MULTILINE)
+        parser.add_argument(name, nargs="*", help=" ".join(found[1].split()) if found else None)
     values = vars(parser.parse_args(given).clone(with_meta=False))
     command(**(values | {"settings": settings} if settings else values))
 

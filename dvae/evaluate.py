@@ -93,6 +93,22 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return max(distance.item(), 0.0)
 
 
+def precision_recall(real: Tensor, drawn: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """How many drawn pictures look real, and how many real ones could have been drawn (Kynkaanniemi et al. 2019).
+
+    A set of features `(R, D)`, `(S, D)` covers the balls around its vectors that reach to their third nearest neighbour
+    among themselves. Precision is the share of the drawn inside the balls of the real, recall the other way round.
+    Both depend on the sizes of the sets, which should be equal.
+    """
+
+    def covered(points: Tensor, others: Tensor) -> float:
+        radii = torch.cdist(others, others).kthvalue(min(neighbours + 1, len(others)), dim=1).values  # itself is one
+        return (torch.cdist(points, others) <= radii).any(1).double().mean().item()
+
+    real, drawn = real.double(), drawn.double()
+    return covered(drawn, real), covered(real, drawn)
+
+
 @torch.inference_mode()
 def evaluate(
     tokenizer: torch.nn.Module,

@@ -27,6 +27,15 @@ class Curve(NamedTuple):
     values: np.ndarray
 
 
+class Line(NamedTuple):
+    """Values y over x with the ends of their intervals, all `(N,)`."""
+
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
 @dataclass(frozen=True)
 class Panel:
     """Curves of one quantity by their labels; a share is shown in percent."""
@@ -45,6 +54,7 @@ class _Colours(NamedTuple):
 
 _LIGHT = _Colours("#ffffff", "#3a3d45", "#e3e5ea", ("#0072b2", "#d55e00", "#009e73"))
 _DARK = _Colours("#16181d", "#c3c7d1", "#2f333c", ("#56b4e9", "#e69f00", "#2fc79b"))
+_MANY = (*_LIGHT.lines, "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31")  # where three do not suffice
 
 # the columns of each panel with the label of each, in the order of interest; other columns get panels of their own
 _PANELS: dict[str, dict[str, str]] = {
@@ -208,6 +218,37 @@ def bars(values: Tensor, title: str, x: str, y: str) -> Tensor:
     axes.set_xlabel(x, fontsize=8, color=_LIGHT.ink)
     axes.set_ylabel(y, fontsize=8, color=_LIGHT.ink)
     _dress(axes, title, _LIGHT)
+    return _pixels(figure)
+
+
+def lines(panels: Mapping[str, Mapping[str, Line]], x: str, strong: str = "", binary: bool = False) -> Tensor:
+    """Lines with their intervals by label, a panel for each title, uint8 `(3, H, W)`.
+
+    Args:
+        x: what the values are over; `binary` spaces 1, 2, 4, ... evenly.
+        strong: the label of the line that matters; "chance" and "ceiling" are drawn as bounds.
+    """
+    from matplotlib import ticker
+
+    figure = _figure(len(panels), 1, _LIGHT, width=6.2, height=4.4, below=0.45)
+    for place, (title, some) in enumerate(panels.items(), 1):
+        axes, others = figure.add_subplot(1, len(panels), place), 0
+        for label, line in some.items():
+            style: dict[str, Any] = {"color": _LIGHT.ink, "linestyle": {"chance": ":", "ceiling": "--"}.get(label)}
+            if style["linestyle"] is None:
+                style = {"color": _MANY[others % len(_MANY)], "linestyle": ("-", "-.")[others // len(_MANY) % 2]}
+                others += 1
+            axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.06 + 0.1 * (label == strong))
+            width = 2.6 if label == strong else 1.2
+            axes.plot(line.x, line.y, marker="o", markersize=2.6, linewidth=width, label=label, **style)
+        if binary:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
+        if all(0 <= line.low.min() and line.high.max() <= 1 for line in some.values()):
+            axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda share, _: f"{100 * share:.4g} %"))
+        axes.set_xlabel(x, fontsize=8, color=_LIGHT.ink)
+        _dress(axes, title, _LIGHT)
+        axes.legend(frameon=False, fontsize=7.5, labelcolor=_LIGHT.ink, ncols=2)
     return _pixels(figure)
 
 

@@ -21,7 +21,7 @@ ROOMS = """
     dvae.__main__
     dalle.layout dalle.text dalle.tokens dalle.pairs dalle.scaling dalle.model dalle.describe dalle.sampling
     dalle.rerank dalle.caption dalle.edit dalle.pipeline dalle.shrink dalle.samples dalle.captions dalle.complete
-    dalle.prepare dalle.check dalle.evaluate dalle.compare
+    dalle.prepare dalle.check dalle.candidates dalle.evaluate dalle.compare
     dalle.maps dalle.symptoms dalle.diagnose dalle.report dalle.train dalle.demo dalle.__main__
 """.split()
 WITH_LIGHTNING = {"dvae.lit", "dvae.train", "dalle.train"}

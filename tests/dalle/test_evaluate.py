@@ -1,132 +1,150 @@
-"""Shares, their intervals, and the table of candidates, on verdicts that are known beforehand."""
+"""`dalle evaluate`: its numbers are those of its parts, its controls fail, and its protocol says it all."""
 
-import math
+import json
 
 import pytest
 import torch
+from PIL import Image
 
-from dalle.evaluate import Candidates, Settings, Share, draw_and_judge
-from dalle.pipeline import load
-from dalle.sampling import Sampled
-from dalle.text import Text
-from dvae import scenes
-from dvae.errors import UserError
+from dalle import evaluate as command
+from dalle.__main__ import main
+from dalle.candidates import Settings, draw_and_judge
+from dalle.evaluate import Protocol, best_of_picture, data_rows, described, flat_pictures, measure, rankers, scenes_rows
+from dalle.model import DALLE, DALLEConfig, losses
+from dalle.pipeline import load, save
+from dalle.rerank import NAMES
+from dvae import artefact, scenes
+from dvae.errors import DataError, UserError
+from dvae.evaluate import psnr
+
+PROTOCOL = Protocol(prompts=3, count=4, swept=2, seed=1, settings=Settings(0.8, 1.5))
+
+
+@pytest.fixture(scope="module")
+def drawer(tiny_dalle, tmp_path_factory):
+    """The tiny model, reading both ways."""
+    one, folder = load(tiny_dalle), tmp_path_factory.mktemp("both")
+    c = one.model.config
+    torch.manual_seed(5)
+    model = DALLE(DALLEConfig(c.vocab_text, c.text_length, c.vocab_image, c.grid, 1, 32, 2, both_orders=True))
+    found = artefact.load(one.source, "dalle")
+    save(folder, model, one.text, one.captions, found.parts["dvae"], found.about)
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def found(drawer):
+    kinds = scenes_rows(drawer, PROTOCOL.prompts)
+    return measure(drawer, kinds, PROTOCOL, lambda pictures, captions: (pictures.mean((1, 2, 3)) > 0.4).tolist())
+
+
+def test_every_number_is_that_of_its_part(drawer, found):
+    assert list(found["kinds"]) == ["seen", "held-out"]
+    for kind, split in (("seen", "val"), ("held-out", "heldout")):
+        own = found["kinds"][kind]
+        captions = [scenes.captions(split, index)[0] for index in range(1000, 1003)]
+        images = scenes.draw([scenes.scene(split, index) for index in range(1000, 1003)], 32).float() / 255
+        ids, tokens = drawer.text.encode(captions), drawer.tokenizer.encode(images)
+        keep = torch.ones(3, dtype=torch.bool)
+        text, image = losses(drawer.model(ids, tokens), ids, tokens, keep)
+        caption, picture = losses(drawer.model(ids, tokens, image_first=True), ids, tokens, keep)
+        expected = {"text": text, "image": image, "caption": caption, "picture": picture}
+        assert own["losses"] == pytest.approx({name: value.item() for name, value in expected.items()}, abs=1e-5)
+        decoded = (drawer.tokenizer.decode(tokens) * 255).round() / 255
+        assert own["reconstructions"]["psnr"] == pytest.approx(psnr(decoded, images).mean().item(), abs=1e-3)
+        assert own["reconstructions"]["exact"]["value"] == pytest.approx(
+            (decoded.mean((1, 2, 3)) > 0.4).float().mean().item()
+        )
+        seeds = [1_000_000 + index for index in range(1000, 1003)]
+        drawn = draw_and_judge(drawer, captions, 4, seeds, Settings(0.8, 1.5), ["contrast", "combined"],
+                               judge=lambda pictures, _: (pictures.mean((1, 2, 3)) > 0.4).tolist())  # fmt: skip
+        for n in (1, 2, 4):
+            for name in ("contrast", "combined"):
+                assert own["best_of"][name][str(n)] == drawn.share(name, n).json()
+            assert own["best_of"]["ceiling"][str(n)] == drawn.ceiling(n).json()
+            assert own["best_of"]["chance"][str(n)] == drawn.single.json()
+        assert [line["guidance"] for line in own["sweep"]] == list(command.SWEPT)
+        assert [choice["candidate"] for choice in own["chosen"]] == drawn.best("combined").tolist()
+
+
+def test_all_rankers_that_the_model_can_be_asked_for(drawer, tiny_dalle, found):
+    assert rankers(drawer) == list(NAMES) and drawer.ranker == "combined"
+    assert set(found["kinds"]["seen"]["best_of"]) == {*NAMES, "chance", "ceiling"}
+    one = load(tiny_dalle)
+    assert rankers(one) == [name for name in NAMES if not name.startswith("caption") and name != "combined"]
+    one.knows_null = False
+    assert not any("pmi" in name for name in rankers(one))
+
+
+def test_a_ranker_that_knows_the_verdict_of_blank_pictures_and_wrong_captions(drawer, found):
+    """`none` keeps the order of drawing: a blank picture cannot win by it, and a wrong caption changes nothing."""
+    for own in found["kinds"].values():
+        controls = own["controls"]
+        assert controls["blank_wins"]["none"]["value"] == 0
+        assert controls["wrong_caption"]["none"] == own["best_of"]["none"]["4"]
+        assert set(controls["wrong_caption"]) == set(NAMES)
+    flat = flat_pictures(32)
+    assert flat.shape == (5, 3, 32, 32) and (flat.flatten(2).std(2) == 0).all()
+
+
+def test_the_command_writes_its_protocol_and_its_pictures(drawer, tmp_path, capsys):
+    given = ["--prompts", "2", "--count", "4", "--swept", "2", "--temperature", "0.7", "--guidance", "1.5"]
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["evaluate", str(drawer.source), "scenes", *given, *out]) == 0
+    said = capsys.readouterr().out
+    written = json.loads((tmp_path / "out" / "evaluated.json").read_text())
+    told = written["protocol"]
+    assert told["settings"] == {"temperature": 0.7, "guidance": 1.5} and told["judge"] == "exact"
+    assert (told["data"], told["prompts"], told["count"], told["swept"], told["seed"]) == ("scenes", 2, 4, 2, 0)
+    assert told["artefact"] == artefact.digest(drawer.source) and told["versions"]["torch"] == torch.__version__
+    assert told["ranker"] == "combined" and told["weights"] == drawer.weights
+    for name in ("best-of-n.png", "guidance.png"):
+        assert Image.open(tmp_path / "out" / name).size[0] > 800
+        assert name in said
+    assert "best of 4 by combined *" in said and "a blank picture wins" in said
+    assert main(["evaluate", str(drawer.source), "scenes", *given, *out]) == UserError.code
+    assert "is not empty" in capsys.readouterr().err
+    again = measure(drawer, scenes_rows(drawer, 2), Protocol(2, 4, 2, 0, Settings(0.7, 1.5)), command.judge_scenes)
+    assert json.loads(json.dumps(again)) == {"kinds": written["kinds"]}
+    assert described(drawer, PROTOCOL)["parameters"] == sum(p.numel() for p in drawer.model.parameters())
+    assert best_of_picture(written).dtype == torch.uint8
+
+
+def test_data_without_a_judge_and_features(drawer, tmp_path, capsys):
+    from dvae.images import save as save_png
+
+    for index in range(40):
+        picture = scenes.draw([scenes.scene("train", index)], 32)[0]
+        save_png(picture, tmp_path / "data" / f"{index}.png")
+        (tmp_path / "data" / f"{index}.txt").write_text(scenes.captions("train", index)[0])
+    out = tmp_path / "out"
+    given = ["--prompts", "6", "--count", "2", "--swept", "0", "--val_share", "0.3", "--out", str(out)]
+    assert main(["evaluate", str(drawer.source), str(tmp_path / "data"), *given]) == 0
+    written = json.loads((out / "evaluated.json").read_text())
+    assert written["protocol"]["judge"] is None and "best_of" not in written["kinds"]["seen"]
+    assert sorted(path.name for path in out.iterdir()) == ["evaluated.json"]
+    assert "losses, nats per token" in capsys.readouterr().out
+    kinds = data_rows(drawer, str(tmp_path / "data"), {"val_share": 0.3}, 6, 0)
+    keys = [{rows.source.key(row) for row in rows.rows} for rows in kinds.values()]
+    assert keys[0].isdisjoint(keys[1]) and len(keys[0]) == 6
+    other = measure(drawer, kinds, Protocol(6, 2, 0, 0, Settings()), features=lambda pictures: pictures.mean((2, 3)))
+    assert {"frechet", "precision", "recall"} <= other["kinds"]["seen"].keys()
 
 
 @pytest.mark.parametrize(
-    "hits, trials, low, high",
-    [  # Newcombe 1998, table I, method 3; and Wilson's closed forms at the ends
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-        (10, 10, 0.7225, 1.0),
+    "data, given, error",
+    [
+        ("scenes", ["--val_share", "0.1"], UserError),
+        ("scenes", ["--temperature", "-1"], UserError),
+        ("scenes", ["--temperature", "nan"], UserError),
+        ("scenes", ["--guidance", "-0.1"], UserError),
+        ("scenes", ["--prompts", "0"], UserError),
+        ("scenes", ["--count", "0"], UserError),
+        ("nothing.tar", [], DataError),
     ],
 )
-def test_wilsons_interval(hits, trials, low, high):
-    share = Share(hits, trials)
-    assert share.value == pytest.approx(hits / trials)
-    assert share.interval == pytest.approx((low, high), abs=5e-5)
-    mirrored = Share(trials - hits, trials).interval
-    assert mirrored == pytest.approx((1 - share.interval[1], 1 - share.interval[0]))
-
-
-def test_the_ends_of_the_interval_are_where_the_score_test_rejects():
-    share = Share(37, 400)
-    for end in share.interval:
-        assert abs(share.value - end) / math.sqrt(end * (1 - end) / 400) == pytest.approx(1.959964, rel=1e-6)
-
-
-def test_a_share_as_text_and_as_json():
-    share = Share(81, 263)
-    assert str(share) == " 30.8 % [25.5, 36.6]"
-    assert share.json() == {"value": share.value, "low": share.interval[0], "high": share.interval[1], "trials": 263}
-
-
-@pytest.fixture
-def candidates() -> Candidates:
-    exact = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]]).bool()
-    best = {"good": torch.tensor([0, 3, 1]), "bad": torch.tensor([2, 0, 3])}
-    reasons = [["" if e else "no" for e in row] for row in exact.tolist()]
-    return Candidates(["a", "b", "c"], torch.zeros(3, 4, 3, 8, 8), exact, reasons, best)
-
-
-def test_shares_of_candidates(candidates):
-    assert candidates.share("good") == Share(2, 3)
-    assert candidates.share("bad") == Share(0, 3)
-    assert candidates.ceiling == Share(2, 3)
-    assert candidates.single.value == pytest.approx(4 / 12) and candidates.single.trials == 3
-
-
-class Fake:
-    """Draws true pictures where token 0 is 1, and of another scene elsewhere; a token's value is its candidate."""
-
-    def __init__(self, captions: list[str], true: torch.Tensor):
-        self.truth, self.model, self.tokenizer, self.text = true, None, self, Text.train(captions, 300, 24)
-        self.pictures = scenes.draw([scenes.scene("val", index) for index in range(len(captions) + 1)], 32)
-        self.known, self.asked = {caption: k for k, caption in enumerate(captions)}, []
-
-    def sample(self, captions, count, seeds, **settings):
-        self.asked.append((list(captions), count, list(seeds), settings))
-        prompts = torch.tensor([self.known[caption] for caption in captions]).repeat_interleave(count)
-        numbers = torch.arange(count).repeat(len(captions))
-        tokens = torch.stack([prompts, numbers], 1)[:, None]  # (B, 1, 2)
-        return Sampled(tokens, -numbers[:, None].float(), None)
-
-    def decode(self, tokens):
-        prompts, numbers = tokens[:, 0].unbind(1)
-        wrong = (prompts + 1) % len(self.pictures)
-        shown = torch.where(self.truth[prompts, numbers], prompts, wrong)
-        return self.pictures[shown].float() / 255
-
-    def scorer(self, name):
-        def score(model, ids, sampled):
-            assert ids.shape == (1, 24) and len(sampled.tokens) == len(sampled.logprobs) == self.truth.shape[1]
-            prompts = sampled.tokens[:, 0, 0]
-            assert (prompts == prompts[0]).all()
-            assert torch.equal(ids, self.text.encode(list(self.known)[int(prompts[0])]))
-            return sampled.logprobs.sum(1) if name == "first" else self.truth[prompts, sampled.tokens[:, 0, 1]].float()
-
-        return score
-
-
-@pytest.mark.parametrize("prompts, count", [(5, 4), (5, 100)])
-def test_draw_and_judge_puts_every_verdict_in_its_place(prompts, count):
-    """With 100 candidates each, the prompts are drawn two at a time."""
-    captions = [scenes.captions("val", index)[0] for index in range(prompts)]
-    assert len(set(captions)) == prompts
-    truth = torch.rand(prompts, count) < 0.4
-    truth[1], truth[2, 0], truth[3, 0] = False, True, False
-    fake, done = Fake(captions, truth), []
-    settings = Settings(temperature=0.7, guidance=2.0)
-    found = draw_and_judge(fake, captions, count, range(50, 50 + prompts), settings, ["first", "oracle"], done.append)
-
-    assert torch.equal(found.exact, truth)
-    assert found.captions == captions and found.images.shape == (prompts, count, 3, 32, 32)
-    for p in range(prompts):
-        for n in range(count):
-            assert (found.reasons[p][n] == "") == bool(truth[p, n])
-    assert torch.equal(found.images[2, 0], fake.pictures[2].float() / 255)
-    assert found.best["first"].tolist() == [0] * prompts
-    assert found.share("first") == Share(int(truth[:, 0].sum()), prompts)
-    assert found.share("oracle") == found.ceiling == Share(int(truth.any(1).sum()), prompts)
-    assert sum(done) == prompts and len(fake.asked) == len(done)
-    assert [seed for _, _, seeds, _ in fake.asked for seed in seeds] == list(range(50, 50 + prompts))
-    assert all(asked[3] == {"temperature": 0.7, "guidance": 2.0} for asked in fake.asked)
-
-
-def test_a_real_pipeline_is_judged_by_what_it_draws_alone(tiny_dalle):
-    pipeline = load(tiny_dalle)
-    captions = [scenes.captions("val", index)[0] for index in range(3)]
-    found = draw_and_judge(pipeline, captions, 2, [7, 8, 9], Settings(), ["half-pmi", "contrast"])
-    for p, caption in enumerate(captions):
-        for ranker in ("half-pmi", "contrast"):
-            best = pipeline(caption, 2, 1, seed=7 + p, rerank=ranker)[0]
-            assert int(found.best[ranker][p]) == best.number
-            shown = (found.images[p, best.number] * 255).round().to(torch.uint8)
-            assert torch.equal(shown, best.image)
-
-
-def test_one_seed_for_each_prompt(tiny_dalle):
-    with pytest.raises(UserError, match="seeds"):
-        draw_and_judge(load(tiny_dalle), ["a red circle"] * 2, 2, [1], Settings(), ["none"])
+def test_bad_input_is_told_in_two_lines_and_writes_nothing(drawer, tmp_path, capsys, data, given, error):
+    assert main(["evaluate", str(drawer.source), data, *given, "--out", str(tmp_path / "out")]) == error.code
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and said[0].startswith("error: ") and said[1].startswith("hint: ")
+    assert not (tmp_path / "out").exists()

@@ -14,6 +14,8 @@ import dalle
 from dalle.__main__ import main
 from dalle.model import DALLE
 from dalle.pipeline import KIND, Pipeline, load, save
+from dalle.rerank import WEIGHTS
+from dalle.shrink import shrink
 from dalle.text import Text
 from dvae import artefact
 from dvae.errors import ArtefactError, UserError
@@ -304,3 +306,70 @@ def test_without_dropped_captions_the_null_prompt_ranks_nothing(tmp_path, tiny_d
         assert (warning in capsys.readouterr().err) == warned
     made = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
     assert made["rerank"] in ("likelihood", "half-pmi", "pmi")
+
+
+def both_orders(pipeline, folder, weights=None) -> Pipeline:
+    """The pipeline of a random model of both orders."""
+    c = pipeline.model.config
+    torch.manual_seed(3)
+    model = DALLE(replace(c, both_orders=True))
+    part = artefact.load(pipeline.source, KIND).parts["dvae"]
+    save(folder, model, pipeline.text, pipeline.captions, part, {}, weights)
+    return load(folder)
+
+
+def test_a_model_that_captions_ranks_by_combined_and_fitted_weights_are_kept(tmp_path, pipeline):
+    plain = both_orders(pipeline, tmp_path / "plain")
+    assert plain.ranker == "combined" and plain.weights == WEIGHTS and plain.fitted is None
+    scores = {p.number: p.score for p in plain(CAPTION, 6, 6, guidance=1.5)}
+    parts = {name: {p.number: p.score for p in plain(CAPTION, 6, 6, guidance=1.5, rerank=name)} for name in WEIGHTS}
+    expected = {k: sum(weight * parts[name][k] for name, weight in WEIGHTS.items()) for k in scores}
+    assert scores == pytest.approx(expected, abs=1e-3)
+
+    weights = {"caption-seen": 1.0, "half-pmi": 0.25}
+    fitted = both_orders(pipeline, tmp_path / "fitted", weights)
+    assert fitted.ranker == "combined" and fitted.weights == weights
+    fitted.save_pretrained(tmp_path / "again")
+    assert Pipeline.from_pretrained(str(tmp_path / "again")).weights == weights
+    shrink(str(tmp_path / "fitted"), str(tmp_path / "small"))
+    assert load(tmp_path / "small").weights == weights
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weights": {}}', '{"weights": {"clip": 1}}', '{"weights": [1]}',
+                                     '{"weights": {"combined": 1}}', '{"weights": {"caption": "x"}}'])  # fmt: skip
+def test_weights_of_nothing_known_are_refused(tmp_path, pipeline, content):
+    both_orders(pipeline, tmp_path / "a", {"likelihood": 1.0})
+    found = artefact.load(tmp_path / "a", KIND)
+    files = found.files | {"ranker": content}
+    artefact.save(tmp_path / "b", KIND, found.config, found.tensors, files=files, parts=found.parts)
+    with pytest.raises(ArtefactError, match="weights of known scores"):
+        load(tmp_path / "b")
+
+
+def test_pruned_pictures_are_the_unpruned_ones(pipeline):
+    """What is left is drawn as it would have been; the hopeless are those that half-pmi ranks last on the way."""
+    everything = pipeline(CAPTION, 16, 16, seed=2, guidance=1.5)
+    by_number = {p.number: p for p in everything}
+    steps = []
+    pruned = pipeline(CAPTION, 16, 3, seed=2, guidance=1.5, prune=True, progress=steps.append)
+    assert len(pruned) == 3 and sum(steps) == 16 * 4 + 6 * 4 + 3 * 8
+    for picture in pruned:
+        assert torch.equal(picture.tokens, by_number[picture.number].tokens)
+        assert picture.score == pytest.approx(by_number[picture.number].score, abs=1e-3)
+    sampled = pipeline.sample([CAPTION], 16, 2, guidance=1.5)
+    left = list(range(16))
+    for cells, keep in ((4, 6), (8, 3)):
+        partial = sampled.logprobs[:, :cells].sum(1) - sampled.null[:, :cells].sum(1) / 2
+        left = sorted(left, key=lambda k: -partial[k].item())[:keep]
+    assert {p.number for p in pruned} == set(left)
+    for given in (dict(keep=4), dict(keep=1, exact=True)):
+        with pytest.raises(UserError, match="prune draws 3 of 16"):
+            pipeline(CAPTION, 16, prune=True, **given)
+
+
+def test_a_model_of_one_order_is_not_asked_to_caption(pipeline):
+    for name in ("caption", "caption-seen"):
+        with pytest.raises(UserError, match="does not caption"):
+            pipeline(CAPTION, 2, 1, rerank=name)
+    with pytest.raises(UserError, match="no weights"):
+        pipeline(CAPTION, 2, 1, rerank="combined")

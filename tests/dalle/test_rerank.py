@@ -7,7 +7,7 @@ import torch
 
 from dalle import rerank
 from dalle.model import DALLE, DALLEConfig
-from dalle.rerank import log_likelihoods, nearest, rank, scorer
+from dalle.rerank import NAMES, log_likelihoods, nearest, rank, scorer, text_log_likelihoods
 from dalle.sampling import Sampled, sample
 from dvae.errors import UserError
 
@@ -18,7 +18,8 @@ NULL = torch.arange(BPE, BPE + T)[None]
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = DALLE(DALLEConfig(vocab_text=BPE, text_length=T, vocab_image=K, grid=(2, 3), depth=2, width=16, heads=2))
+    sizes = dict(vocab_text=BPE, text_length=T, vocab_image=K, grid=(2, 3), depth=2, width=16, heads=2)
+    model = DALLE(DALLEConfig(**sizes, both_orders=True))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.double()
@@ -84,6 +85,66 @@ def test_contrast_without_other_captions_knows_no_difference(model, drawn):
     assert scorer("contrast", prompt)(model, prompt, drawn).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("room", [1, 2 * T * (BPE + T), 2**25])
+def test_captions_are_scored_by_the_other_order(model, drawn, room, monkeypatch):
+    monkeypatch.setattr(rerank, "_LOGITS", room)
+    texts = torch.cat([caption(1, 2, 3), caption(4), NULL, caption(5, 6, 7, 8)])
+    expected = torch.zeros(4, 7, dtype=torch.float64)
+    model.requires_grad_(False)
+    for p, text in enumerate(texts):
+        for n, picture in enumerate(drawn.tokens):
+            chances = model(text[None], picture[None], image_first=True).text[0].softmax(-1)
+            ends = [place for place, i in enumerate(text.tolist()) if i >= BPE][:1]  # the first pad is told, no other
+            told = [place for place, i in enumerate(text.tolist()) if i < BPE] + ends
+            expected[p, n] = sum(math.log(chances[place, text[place]]) for place in told)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(text_log_likelihoods(model, texts, drawn.tokens), expected, atol=1e-10, rtol=0)
+    found = scorer("caption")(model, caption(1, 2, 3), drawn)
+    torch.testing.assert_close(found, expected[0], atol=1e-10, rtol=0)
+
+
+def repaint(tokens):
+    return (tokens + tokens.roll(1, 2)) % K
+
+
+def test_what_is_seen_is_scored_like_what_was_drawn(model, drawn):
+    """Of the tokens read in the painted pictures everything is computed anew, nothing is left from sampling."""
+    prompt, captions_ids = caption(1, 2, 3), torch.cat([caption(1, 2), caption(3), caption(7, 8)])
+    seen = repaint(drawn.tokens)
+    own, null = by_forward(model, torch.cat([prompt, NULL]), seen)
+    table = by_forward(model, torch.cat([prompt, captions_ids]), seen).exp()
+    expected = {
+        "likelihood-seen": own,
+        "pmi-seen": own - null,
+        "half-pmi-seen": own - null / 2,
+        "contrast-seen": (table[0] / table.mean(0)).log(),
+        "caption-seen": text_log_likelihoods(model, prompt, seen)[0],
+    }
+    assert {name for name in NAMES if name.endswith("-seen")} == set(expected)
+    for name, values in expected.items():
+        found = scorer(name, captions_ids, NULL, repaint)(model, prompt, drawn)
+        torch.testing.assert_close(found, values, atol=1e-6, rtol=0)
+
+
+def test_combined_is_the_weighted_sum_and_repaints_once(model, drawn):
+    weights, asked = {"caption-seen": 1.5, "likelihood": 0.25, "likelihood-seen": 0.5}, []
+
+    def counted(tokens):
+        asked.append(len(tokens))
+        return repaint(tokens)
+
+    given = dict(captions_ids=None, null_ids=NULL, repaint=counted)
+    found = scorer("combined", **given, weights=weights)(model, caption(1, 2, 3), drawn)
+    assert asked == [7]
+    expected = sum(w * scorer(name, **given)(model, caption(1, 2, 3), drawn) for name, w in weights.items())
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(UserError, match="no weights"):
+        scorer("combined", **given)
+    for lacking in ({"contrast": 1.0}, {"likelihood": 1.0, "contrast-seen": 0.1}):
+        with pytest.raises(UserError, match="nothing to rank by contrast"):
+            scorer("combined", **given, weights=lacking)
+
+
 def test_nearest_by_definition():
     generator = torch.Generator().manual_seed(0)
     rows = [
@@ -123,16 +184,22 @@ def test_rank():
 def test_unknown_and_unfed_scorers_are_refused(model):
     with pytest.raises(UserError) as error:
         scorer("clip")
-    assert all(f" {name}" in error.value.hint for name in ("none", "likelihood", "pmi", "half-pmi", "contrast"))
+    assert all(f" {name}" in error.value.hint for name in NAMES)
     for name in ("pmi", "half-pmi", "contrast"):
         with pytest.raises(UserError, match=name):
             scorer(name)
     with pytest.raises(UserError, match="contrast"):
         scorer("contrast", torch.empty(0, T, dtype=torch.int64), NULL)
+    for name in ("likelihood-seen", "contrast-seen"):
+        with pytest.raises(UserError, match=name):
+            scorer(name, caption(1), NULL)
+    for name, weights in (("caption", None), ("caption-seen", None), ("combined", {"caption": 1.0})):
+        with pytest.raises(UserError, match=f"does not caption, and {name} asks"):
+            scorer(name, caption(1), NULL, repaint, weights, both_orders=False)
 
 
 def test_scoring_does_not_touch_what_it_scores(model, drawn):
     before = Sampled(*(column.clone() for column in drawn))
-    for name in ("none", "likelihood", "pmi", "half-pmi", "contrast"):
-        scorer(name, caption(5), NULL)(model, caption(1, 2, 3), drawn)
+    for name in NAMES:
+        scorer(name, caption(5), NULL, repaint, {"caption": 1.0, "pmi-seen": 2.0})(model, caption(1, 2, 3), drawn)
     assert all(torch.equal(one, two) for one, two in zip(before, drawn, strict=True))

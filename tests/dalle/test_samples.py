@@ -12,7 +12,8 @@ from dvae import artefact
 from dvae.errors import EnvironmentProblem, UserError
 from dvae.images import open_image
 
-SETTINGS = {"temperature": 0.9, "top_k": 12, "top_p": None, "guidance": 1.5, "rerank": "pmi", "exact": False}
+DRAWN = {"temperature": 0.9, "top_k": 12, "top_p": None, "guidance": 1.5}
+SETTINGS = DRAWN | {"rerank": "pmi", "prune": False, "exact": False}
 HOSTILE = [
     "../../etc/passwd", "/etc/passwd", "..", ".", ".hidden", "a/b\\c", "nul\x00byte", "x" * 300, "\U0001f600\U0001f4a9",
     "-rf *", "$(reboot); `ls`", "con", "tab\tand\nline", "%s%n {0}", "\u202eright to left", "*?[a]", " ", "",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dalle.model import DALLE, DALLEConfig
-from dalle.sampling import draw, filter_logits, sample
+from dalle.sampling import Blend, draw, filter_logits, sample, sample_pruned
 from dvae.errors import NumericsError, UserError
 from dvae.seeds import generator
 
@@ -265,6 +265,108 @@ def test_pictures_and_seeds_draw_apart(model):
     assert torch.equal(one[:20], one[20:]) and torch.equal(one[:20], other[:20])  # the seed decides, not the place
     assert (one[20:] != other[20:]).float().mean() > 0.5
     assert len(one[:20].unique(dim=0)) == 20
+
+
+def test_known_cells_are_kept_and_judged_and_the_others_are_drawn_after_them(model):
+    """By the uncached definition: a given token takes the place of the drawn one, and nothing else changes."""
+    model = model.double()
+    known = torch.full((2, *GRID), -1)
+    known[0, 0, 1], known[0, 2, :], known[1, 1, 1] = 5, torch.tensor([1, 2, 3]), 11
+    sampled = sample(model, torch.cat([A, B]), 3, null_ids=NULL, guidance=1.5, known=known, seeds=[5, 6])
+    free = sample(model, torch.cat([A, B]), 3, null_ids=NULL, guidance=1.5, seeds=[5, 6])
+    for row in range(6):
+        text, seed, k, given = (A, B)[row // 3], (5, 6)[row // 3], row % 3, known[row // 3].flatten().tolist()
+        uniforms = torch.rand(N, dtype=torch.float64, generator=generator("sample", seed, k))
+        tokens = torch.zeros(N, dtype=torch.int64)
+        for cell in range(N):
+            with torch.no_grad():
+                cond, null = (model(ids, tokens.view(1, *GRID)).image[0, cell] for ids in (text, NULL))
+            drawn = int(draw((null + 1.5 * (cond - null))[None], uniforms[cell][None]))
+            tokens[cell] = drawn if given[cell] < 0 else given[cell]
+            expected = cond.log_softmax(-1)[tokens[cell]].item()
+            assert sampled.logprobs[row, cell].item() == pytest.approx(expected, abs=1e-5)
+        assert torch.equal(sampled.tokens[row].flatten(), tokens)
+    assert torch.equal(free.tokens[:3, 0, 0], sampled.tokens[:3, 0, 0]) and not torch.equal(free.tokens, sampled.tokens)
+    everything = sample(model, A, 2, null_ids=NULL, known=free.tokens[:1]).tokens
+    assert torch.equal(everything, free.tokens[:1].repeat(2, 1, 1))
+    model.float()
+
+
+@pytest.mark.parametrize("known", [torch.zeros(1, 2, 3), torch.full((1, *GRID), K), torch.full((1, *GRID), -2)])
+def test_known_cells_that_cannot_be_are_refused(model, known):
+    with pytest.raises(UserError, match="known token"):
+        sample(model, A, 1, null_ids=NULL, known=known.long())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_blended_prompts_are_the_mixture_of_logits(guidance, share):
+    """The mixture is a model of its own, whose frequencies are known; the logprobs stay those of the first prompt."""
+    known = Known()
+    blend = Blend(torch.tensor([[1]]), share)
+    given = dict(null_ids=torch.tensor([[3]]), guidance=guidance, seeds=4)
+    sampled = sample(known, torch.tensor([[0]]), 500, blend=blend, **given)
+    mixed = Known()
+    mixed.table[0] = (1 - share) * known.table[0] + share * known.table[1]
+    expected = sample(mixed, torch.tensor([[0]]), 500, **given)
+    assert torch.equal(sampled.tokens, expected.tokens)
+    plain = [known.table[0, b].log_softmax(-1)[t] for t, b in ((row[0], 6) for row in sampled.tokens[:, 0].tolist())]
+    torch.testing.assert_close(sampled.logprobs[:, 0], torch.stack(plain).float())
+    assert (sampled.null is None) == (guidance == 1)
+    if guidance != 1:
+        torch.testing.assert_close(sampled.null, expected.null)
+    with pytest.raises(UserError, match="share of the second prompt"):
+        sample(known, torch.tensor([[0]]), 1, null_ids=torch.tensor([[3]]), blend=Blend(blend.text_ids, 1.5))
+
+
+def by_likelihood(model, text_ids, sampled):
+    return sampled.logprobs.sum(1)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_pruning_draws_the_survivors_as_if_nothing_had_been_pruned(model, guidance):
+    """Successive halving by hand on what is drawn without it."""
+    model = model.double()
+    given = dict(null_ids=NULL, guidance=guidance, top_p=0.97)
+    everything = sample(model, A, 16, seeds=7, **given)
+    left, told = list(range(16)), []
+    for cells, keep in ((2, 9), (5, 4)):
+        partial = everything.logprobs[:, :cells].sum(1)
+        left = sorted(sorted(left, key=lambda k: -partial[k].item())[:keep])
+    given |= dict(seed=7)
+    stages = ((2, 9), (5, 4))
+    sampled, numbers = sample_pruned(model, A, 16, stages, by_likelihood, progress=told.append, **given)
+    assert numbers.tolist() == left and len(left) == 4
+    assert torch.equal(sampled.tokens, everything.tokens[left])
+    torch.testing.assert_close(sampled.logprobs, everything.logprobs[left])
+    assert (sampled.null is None) == (guidance == 1)
+    if guidance != 1:
+        torch.testing.assert_close(sampled.null, everything.null[left])
+    assert told == [16] * 2 + [9] * 3 + [4] * 4
+    whole, numbers = sample_pruned(model, A, 16, (), by_likelihood, **given)
+    assert torch.equal(whole.tokens, everything.tokens) and numbers.tolist() == list(range(16))
+    model.float()
+
+
+def test_pruning_scores_unfinished_pictures(model):
+    """Every scorer that reads tokens can be asked about the first cells; what it is given are (R, cells) tokens."""
+    seen = []
+
+    def score(model, text_ids, sampled):
+        seen.append(tuple(sampled.tokens.shape))
+        logits = model.score(sampled.tokens, model.prefill(text_ids).expand(len(sampled.tokens)))
+        found = logits.log_softmax(-1).gather(2, sampled.tokens[..., None])[..., 0]
+        torch.testing.assert_close(found, sampled.logprobs, atol=1e-4, rtol=0)
+        return found.sum(1)
+
+    sample_pruned(model, A, 8, ((1, 6), (4, 2)), score, null_ids=NULL)
+    assert seen == [(8, 1), (6, 4)]
+
+
+@pytest.mark.parametrize("stages", [((0, 2),), ((9, 2),), ((3, 0),), ((3, 9),), ((4, 4), (3, 2)), ((3, 2), (5, 3))])
+def test_stages_that_cannot_be_are_refused(model, stages):
+    with pytest.raises(UserError, match="the stage"):
+        sample_pruned(model, A, 8, stages, by_likelihood, null_ids=NULL)
 
 
 def test_greedy_is_the_argmax(model):
