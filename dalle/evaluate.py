@@ -37,6 +37,7 @@ from dvae.inspect import load_features
 SCENES = "scenes"  # the data whose judge is exact
 FIRST = 1000  # of the scenes of a split that are reported; those before validate trainings and choose settings
 SWEPT = (1.0, 1.5, 2.0, 3.0, 5.0)  # guidance
+CONTROLLED = 100  # captions that the controls are made with, at the most
 _TOGETHER = 32  # pictures in a pass
 
 
@@ -210,7 +211,7 @@ def measure(
         own["diversity"] = diversity(drawn.images)
         if judge is not None:
             own["best_of"], own["gap"] = curves(drawn)
-            own["controls"] = controls(drawer, rows, protocol, judge, names)
+            own["controls"] = controls(drawer, Rows(rows.source, rows.rows[:CONTROLLED]), protocol, judge, names)
             own["chosen"] = choices(drawn, drawer.ranker)
         if features is not None:
             own |= likeness(drawn, drawer.ranker, rows, features)
@@ -405,7 +406,8 @@ def table(found: Mapping[str, Any]) -> str:
             closed = f"   gap closed {value:.0f} % [{low:.0f}, {high:.0f}]" if name in own["gap"] else ""
             mark = " *" if name == ranker else ""
             n, share = list(by_n.items())[-1]
-            lines.append(f"  {f'best of {n} by {name}{mark}':<34}{_told(share)}{closed}")
+            label = {"chance": "picked by chance", "ceiling": f"any of {n}"}.get(name, f"best of {n} by {name}{mark}")
+            lines.append(f"  {label:<34}{_told(share)}{closed}")
         if "controls" in own:
             wrong, blank = (own["controls"][key][ranker] for key in ("wrong_caption", "blank_wins"))
             lines.append(f"  controls: told a wrong caption {_told(wrong)}, a blank picture wins {_told(blank)}")

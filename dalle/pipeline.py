@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dalle.model import DALLE, DALLEConfig
 from dalle.rerank import COMBINED, NAMES, SEEN, WEIGHTS, Evidence, Scorer, partly, rank, scorer, stages
-from dalle.sampling import Sampled, sample, sample_pruned
+from dalle.sampling import Blend, Sampled, sample, sample_pruned
 from dalle.text import Text
 from dvae import artefact
 from dvae.errors import ArtefactError, UserError, warn
@@ -123,6 +123,7 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: float = 1.0,
+        blend: tuple[str, float] | None = None,
         rerank: str | None = None,
         prune: bool = False,
         exact: bool = False,
@@ -130,37 +131,72 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
     ) -> list[Picture]:
         """Draw `count` pictures for the caption and return the `keep` that the scorer likes best, best first.
 
-        Without `rerank` that is `ranker`. With `prune` those that look hopeless on the way are not drawn to their end
-        (`dalle.rerank.stages`): the others are what they would have been, for less than half the work.
+        Without `rerank` that is `ranker`. `blend` is another caption and its share, from 0 to 1: pictures between the
+        two, drawn from the geometric mean of both distributions and ranked by the first. With `prune` those that look
+        hopeless on the way are not drawn to their end (`dalle.rerank.stages`); the others are what they would be.
         A picture that was drawn twice is kept twice only where there are not enough others.
         The same seed gives the same pictures, whatever else is drawn beside them.
         """
         if not 1 <= keep <= count:
             raise UserError(f"keep is {keep} of count {count}", "keep from 1 to as many pictures as are drawn")
+        for words in (caption, *(() if blend is None else blend[:1])):
+            self.check_words(words)
         score = self.scorer(self.ranker if rerank is None else rerank)
         ids, numbers = self.text.encode(caption), torch.arange(count)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
         if prune:
             halts = stages(count, math.prod(self.model.config.grid))
             left = min((left for _, left in halts), default=count)
-            if exact or keep > left:
+            if exact or blend is not None or keep > left:
                 raise UserError(
-                    f"prune draws {left} of {count} pictures to their end, and not bit for bit",
-                    f"keep at most {left}, without exact, or do not prune",
+                    f"prune draws {left} of {count} pictures of one caption to their end, and not bit for bit",
+                    f"keep at most {left}, without exact and blend, or do not prune",
                 )
             null_ids = self.text.null()
             hope = partly(null_ids if self.knows_null else None, self.model.config.both_orders)
             settings |= {"null_ids": null_ids, "seed": seed, "progress": progress}
             sampled, numbers = sample_pruned(self.model, ids, count, halts, hope, **settings)
         else:
-            sampled = self.sample([caption], count, seed, exact=exact, progress=progress, **settings)
+            other = None if blend is None else Blend(self.text.encode(blend[0]), blend[1])
+            sampled = self.sample([caption], count, seed, blend=other, exact=exact, progress=progress, **settings)
         scores = score(self.model, ids, sampled)
         order = _distinct_first(rank(scores), sampled.tokens)[:keep]
+        return self._painted(sampled, order, caption, seed, numbers, scores)
+
+    @torch.inference_mode()
+    def unconditional(self, count: int = 4, seed: int = 0, **settings: Any) -> list[Picture]:
+        """Pictures without words, from the null prompt, in the order of drawing; see `dalle.sampling.sample` for the
+        settings. Needs a model that was trained with dropped captions."""
+        if not self.knows_null:
+            raise UserError(
+                "this model was trained without dropped captions, so it draws nothing without words",
+                "give a caption, or train it with --data.caption_dropout 0.1",
+            )
+        sampled = self.sample([""], count, seed, **settings)
+        order = torch.arange(count)
+        return self._painted(sampled, order, "", seed, order, torch.zeros(count))
+
+    def _painted(
+        self, sampled: Sampled, order: Tensor, caption: str, seed: int, numbers: Tensor, scores: Tensor
+    ) -> list[Picture]:
         images = to_uint8(self.tokenizer.decode(sampled.tokens[order]))
         return [
             Picture(image, sampled.tokens[k], caption, seed, int(numbers[k]), float(scores[k]))
             for image, k in zip(images, order.tolist(), strict=True)
         ]
+
+    def check_words(self, caption: str) -> None:
+        """Raise UserError for a caption that says nothing to this model."""
+        if not (self.text.encode(caption) < self.text.vocab_size).any():
+            raise UserError(
+                f"the caption {caption!r} says nothing",
+                "say what to draw; from Python, Pipeline.unconditional draws without words",
+            )
+
+    def unread(self, caption: str) -> set[str]:
+        """Characters of a caption that none of the sample of training captions has; empty without such a sample."""
+        known = set("".join(map(self.text.clean, self.captions)))
+        return {c for c in self.text.clean(caption) if not c.isspace()} - known if known else set()
 
     def _save_pretrained(self, save_directory: Path) -> None:
         about = artefact.load(self.source, KIND)

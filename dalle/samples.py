@@ -66,6 +66,13 @@ def sample(
     digest = artefact.digest(drawer.source)
     cells = drawer.model.config.grid[0] * drawer.model.config.grid[1]
     for text in wanted:
+        drawer.check_words(text)
+    for text in wanted:
+        if strange := drawer.unread(text):
+            warn(
+                f"no caption of the training had {' '.join(sorted(strange))}, so this model cannot read them",
+                f"say it like {drawer.captions[0]!r}",
+            )
         if (length := int(drawer.text.lengths([text])[0])) > drawer.text.text_length:
             read = drawer.text.decode(drawer.text.encode(text))
             warn(

@@ -26,6 +26,7 @@ from dvae.errors import NumericsError, UserError
 from dvae.seeds import generator
 
 _EXACT_ROWS = 8  # pictures that `exact` always computes together
+_MOST = 1000  # of temperature and guidance; far beyond what makes sense, far below what overflows
 
 
 class Sampled(NamedTuple):
@@ -324,14 +325,15 @@ def check_settings(
 ) -> None:
     """Raise UserError for a setting that is out of its range; see `sample`."""
     vocab = model.config.vocab_image
-    if not (_number(temperature) and temperature > 0):
-        raise UserError(f"temperature is {temperature!r}", "give a number above 0; for the likeliest codes use top_k 1")
+    if not (_number(temperature) and 0 < temperature <= _MOST):
+        hint = f"give a number above 0, up to {_MOST}; for the likeliest codes use top_k 1"
+        raise UserError(f"temperature is {temperature!r}", hint)
     if top_k is not None and not _whole(top_k, 1, vocab):
         raise UserError(f"top_k is {top_k!r}", f"give a whole number from 1 to {vocab}, the codes of this model")
     if top_p is not None and not (_number(top_p) and 0 < top_p <= 1):
         raise UserError(f"top_p is {top_p!r}", "give a number above 0, up to 1")
-    if not (_number(guidance) and guidance >= 0):
-        raise UserError(f"guidance is {guidance!r}", "give a number from 0 on; 1 is no guidance")
+    if not (_number(guidance) and 0 <= guidance <= _MOST):
+        raise UserError(f"guidance is {guidance!r}", f"give a number from 0 to {_MOST}; 1 is no guidance")
 
 
 def _check(prompts: int, count: int, seeds: Sequence[int], batch: int) -> None:

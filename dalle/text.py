@@ -138,6 +138,11 @@ class Text:
             ids[i, : len(pieces)] = torch.tensor(pieces, dtype=torch.int64)
         return ids
 
+    def clean(self, caption: str) -> str:
+        """A caption as it is read: for vocabularies of this project lowercase, with single spaces."""
+        normalizer = self.tokenizer.normalizer
+        return _checked(caption, 0) if normalizer is None else normalizer.normalize_str(_checked(caption, 0))
+
     def lengths(self, captions: Sequence[str]) -> Tensor:
         """int64 (B,): tokens of each caption before it is cut; those above `text_length` are cut by `encode`."""
         return torch.tensor([len(self._ids(_checked(one, i))) for i, one in enumerate(captions)], dtype=torch.int64)

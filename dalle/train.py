@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
@@ -126,8 +125,6 @@ class ImageFirst:
 
     Args:
         share: of the batches, from 0 (none) to below 1.
-        word_dropout: chance of each word to be hidden from the words after it, by the pad of its place; so each is
-            read from the picture rather than guessed from its neighbours (Bowman et al. 2016). All are still predicted.
         cut: chance of a batch's pictures to end after some of their cells, so that the model can say what an unfinished
             picture promises: what early pruning asks.
         text_weight: of the mean text loss there, pads counted, for they say where a caption ends: -ln p(text | image).
@@ -135,7 +132,6 @@ class ImageFirst:
     """
 
     share: float = 0.0
-    word_dropout: float = 0.0
     cut: float = 0.25
     text_weight: float = 7 / 8
     image_weight: float = 1 / 8
@@ -143,9 +139,8 @@ class ImageFirst:
     def __post_init__(self):
         if not 0 <= self.share < 1:
             raise UserError(f"image_first.share is {self.share}", "give a share from 0 to below 1, such as 0.5")
-        for name in ("word_dropout", "cut"):
-            if not 0 <= (chance := getattr(self, name)) <= 1:
-                raise UserError(f"image_first.{name} is {chance}", "give a chance from 0 to 1, such as 0.25")
+        if not 0 <= self.cut <= 1:
+            raise UserError(f"image_first.cut is {self.cut}", "give a chance from 0 to 1, such as 0.25")
         unused = [field.name for field in fields(self)[1:] if getattr(self, field.name) != field.default]
         if unused and not self.share:
             raise UserError(f"image_first sets {', '.join(unused)}, and share 0", "set image_first.share, such as 0.5")
@@ -271,12 +266,9 @@ class LitDALLE(lit.Lit):
         ids, tokens = batch["text_ids"], batch["image_tokens"]
         rng = seeds.rng(self.seed, "order", batch_index)
         image_first = rng.random() < self.image_first.share
-        shown = ids
-        if image_first:
-            shown, cells = self._hide(ids, rng), tokens[0].numel()
-            ends = int(rng.integers(1, cells + 1)) if rng.random() < self.image_first.cut else cells
-            tokens = tokens.flatten(1)[:, :ends]
-        logits = self.model(shown, tokens, None if self.scales is None else self.scales.values, image_first)
+        if image_first and rng.random() < self.image_first.cut:
+            tokens = tokens.flatten(1)[:, : int(rng.integers(1, self.model.layout.cells + 1))]
+        logits = self.model(ids, tokens, None if self.scales is None else self.scales.values, image_first)
         text, image = losses(logits, ids, tokens, batch["keep_text"], self.pad_targets or image_first)
         if image_first:
             loss = self.image_first.text_weight * text + self.image_first.image_weight * image
@@ -293,12 +285,6 @@ class LitDALLE(lit.Lit):
             "train/image_loss": image.detach(),
             "train/image_accuracy": accuracy,
         }
-
-    def _hide(self, ids: Tensor, rng: np.random.Generator) -> Tensor:
-        """Text ids (B, T) with some words replaced by the pads of their places."""
-        pads = torch.arange(self.model.config.vocab_text, self.model.config.vocab_text + ids.shape[1]).to(ids)
-        hidden = torch.from_numpy(rng.random(ids.shape) < self.image_first.word_dropout).to(ids.device)
-        return torch.where(hidden, pads, ids)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         reduce = partial(self.trainer.strategy.reduce, reduce_op="max")

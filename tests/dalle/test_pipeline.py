@@ -373,3 +373,38 @@ def test_a_model_of_one_order_is_not_asked_to_caption(pipeline):
             pipeline(CAPTION, 2, 1, rerank=name)
     with pytest.raises(UserError, match="no weights"):
         pipeline(CAPTION, 2, 1, rerank="combined")
+
+
+@pytest.mark.parametrize("caption", ["", " \t\n"])
+def test_captions_that_say_nothing_are_refused_and_strange_characters_are_known(pipeline, caption):
+    for given in ((caption, {}), (CAPTION, {"blend": (caption, 0.5)})):
+        with pytest.raises(UserError, match="says nothing"):
+            pipeline(given[0], 2, 1, **given[1])
+    assert pipeline.unread("a r\u00e9d circle, \u00c9") == {"\u00e9"} | {","} - set("".join(pipeline.captions))
+    assert len(pipeline("a r\u00e9d circle", 2, 1)) == 1
+
+
+def test_pictures_without_words_and_between_two_captions(pipeline):
+    drawn = pipeline.unconditional(3, seed=5, temperature=0.8)
+    assert torch.equal(torch.stack([p.tokens for p in drawn]), pipeline.sample([""], 3, 5, temperature=0.8).tokens)
+    assert [(p.number, p.caption, p.score) for p in drawn] == [(k, "", 0.0) for k in range(3)]
+    one, other = CAPTION, "a blue square"
+
+    def tokens(caption, **given):
+        return [p.tokens.tolist() for p in pipeline(caption, 4, 4, 2, rerank="none", guidance=2.0, **given)]
+
+    assert tokens(one, blend=(other, 0.0)) == tokens(one)
+    assert tokens(one, blend=(other, 1.0)) == tokens(other)
+    assert tokens(one, blend=(other, 0.5)) not in (tokens(one), tokens(other))
+    blended = pipeline(one, 4, 4, 2, blend=(other, 0.5), rerank="likelihood")
+    for picture in blended:  # ranked as pictures of the first
+        logits = pipeline.model(pipeline.text.encode(one), picture.tokens[None]).image[0].log_softmax(-1)
+        expected = logits.gather(1, picture.tokens.flatten()[:, None]).sum().item()
+        assert picture.score == pytest.approx(expected, abs=1e-3)
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UserError, match="share of the second prompt"):
+            pipeline(one, 2, 1, blend=(other, share))
+    mute = load(pipeline.source)
+    mute.knows_null = False
+    with pytest.raises(UserError, match="nothing without words"):
+        mute.unconditional()

@@ -16,7 +16,7 @@ DRAWN = {"temperature": 0.9, "top_k": 12, "top_p": None, "guidance": 1.5}
 SETTINGS = DRAWN | {"rerank": "pmi", "prune": False, "exact": False}
 HOSTILE = [
     "../../etc/passwd", "/etc/passwd", "..", ".", ".hidden", "a/b\\c", "nul\x00byte", "x" * 300, "\U0001f600\U0001f4a9",
-    "-rf *", "$(reboot); `ls`", "con", "tab\tand\nline", "%s%n {0}", "\u202eright to left", "*?[a]", " ", "",
+    "-rf *", "$(reboot); `ls`", "con", "tab\tand\nline", "%s%n {0}", "\u202eright to left", "*?[a]",
     "a\u0301" * 200,
 ]  # fmt: skip
 
@@ -162,3 +162,12 @@ def test_few_pictures_are_all_kept(tiny_dalle, tmp_path):
     for count, kept in ((2, 2), (6, 4)):
         sample(str(tiny_dalle), "a red circle", count=count, out=str(tmp_path / str(count)))
         assert len(list((tmp_path / str(count)).glob("*-[0-9].png"))) == kept
+
+
+def test_prompts_without_words_are_refused_and_strange_characters_are_told(tmp_path, tiny_dalle, capsys):
+    for prompt in ("", "  "):
+        with pytest.raises(UserError, match="says nothing"):
+            draw(tiny_dalle, tmp_path, prompt)
+    assert not [path for path in listing(tmp_path) if path.endswith((".png", ".json"))]
+    draw(tiny_dalle, tmp_path, "a red \u2603 circle")
+    assert "no caption of the training had \u2603" in capsys.readouterr().err

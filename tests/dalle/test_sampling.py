@@ -419,10 +419,10 @@ def test_logits_that_are_no_numbers_name_the_picture(value):
     {
         "count": [0, -1, 1.5, True],
         "batch": [0, 2.5],
-        "temperature": [0, -1.0, math.nan, math.inf, "1"],
+        "temperature": [0, -1.0, math.nan, math.inf, "1", 1e9],
         "top_k": [0, K + 1, 2.0, -1],
         "top_p": [0, -0.1, 1.1, math.nan],
-        "guidance": [-0.5, math.nan, math.inf],
+        "guidance": [-0.5, math.nan, math.inf, 1e9],
         "seed": [-1, 2**63, 0.5, [1, 2], [], [None]],
     }.items(),
 )
