@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dalle.candidates import Candidates, Settings, Share, diversity, draw_and_judge
+from dalle.candidates import Candidates, Settings, Share, diversity, draw_and_judge, fit
 from dalle.pipeline import load
+from dalle.rerank import WEIGHTS
 from dalle.sampling import Sampled
 from dalle.text import Text
 from dvae import scenes
@@ -82,6 +83,35 @@ def test_the_gap_that_a_ranker_closes():
     assert 0 < low < value < high < 1
     same = Candidates(["a"] * 3, drawn.images[:3], torch.ones(3, 8).bool(), {"x": noise[:3]})
     assert math.isnan(same.gap("x")[0])
+
+
+def judged(prompts: int, weights: dict[str, float]) -> Candidates:
+    """Eight candidates each, one of them true, with chances that are a softmax of the weighted sum of their scores."""
+    random = torch.Generator().manual_seed(0)
+    scales = {"a": 1, "b": 20, "c": 3}
+    scores = {name: torch.randn(prompts, 8, generator=random) * scale for name, scale in scales.items()}
+    utility = sum(weight * scores[name] for name, weight in weights.items())
+    chosen = torch.multinomial(utility.softmax(1), 1, generator=random)
+    exact = torch.zeros(prompts, 8, dtype=torch.bool).scatter(1, chosen, True)
+    return Candidates([""] * prompts, torch.zeros(prompts, 8, 3, 1, 1, dtype=torch.uint8), exact, scores)
+
+
+def test_fitted_weights_are_those_that_decided():
+    """Recovered up to their common scale, whatever the scales of the scores; what does not matter is left out."""
+    weights = fit([judged(1500, {"a": 2.0, "b": 0.05}), judged(1500, {"a": 2.0, "b": 0.05})], ["a", "b", "c"], ridge=0)
+    assert weights["a"] == 1.0 and weights["b"] == pytest.approx(0.025, rel=0.15)
+    assert weights.get("c", 0.0) < 0.02
+    misled = fit([judged(1500, {"a": 1.0, "c": -0.5})], ["a", "c"], ridge=0)  # a score that misleads is not turned
+    assert misled.get("c", 0.0) < 0.05 and misled["a"] == 1.0
+
+
+def test_what_teaches_nothing_leaves_the_default_weights():
+    drawn = judged(20, {"a": 1.0})
+    for exact in (torch.ones(20, 8).bool(), torch.zeros(20, 8).bool()):
+        same = Candidates(drawn.captions, drawn.images, exact, drawn.scores)
+        assert fit([same], ["a", "b"]) == WEIGHTS
+        mixed = fit([same, judged(300, {"a": 1.0, "b": 0.05})], ["a", "b"])
+        assert mixed == fit([judged(300, {"a": 1.0, "b": 0.05})], ["a", "b"])
 
 
 def test_diversity_by_hand():

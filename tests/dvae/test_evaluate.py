@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dvae.errors import DataError
-from dvae.evaluate import Moments, evaluate, frechet_distance, psnr, ssim
+from dvae.evaluate import Moments, evaluate, frechet_distance, precision_recall, psnr, ssim
 from dvae.model import DVAE, DVAEConfig
 from dvae.tokenizer import load
 
@@ -172,3 +172,23 @@ def test_small_pictures_have_no_ssim():
 def test_no_pictures_are_a_mistake(tiny_dvae):
     with pytest.raises(DataError, match="there are no pictures to evaluate on"):
         evaluate(load(tiny_dvae), [])
+
+
+def test_precision_and_recall_by_hand():
+    """On a line, with the second nearest as the reach: balls around 0, 1, 2 reach 2, 1, 2, around 10, 11, 13 3, 2, 3."""
+    real, drawn = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[10.0], [11.0], [13.0]])
+    assert precision_recall(real, drawn, 2) == (0.0, 0.0) and precision_recall(real, real, 2) == (1.0, 1.0)
+    drawn[0] = 3.5  # inside the ball of 2; its own ball now reaches 9.5, over all of the real
+    assert precision_recall(real, drawn, 2) == pytest.approx((1 / 3, 1.0))
+    assert precision_recall(drawn, real, 2) == pytest.approx((1.0, 1 / 3))
+
+
+def test_precision_and_recall_of_clouds():
+    """The same distribution gives equal shares; a narrow one is precise and recalls little."""
+    random = torch.Generator().manual_seed(0)
+    real, same = torch.randn(2, 400, 3, generator=random)
+    precision, recall = precision_recall(real, same)
+    assert precision > 0.8 and recall > 0.8
+    narrow = 0.1 * torch.randn(400, 3, generator=random)
+    precision, recall = precision_recall(real, narrow)
+    assert precision > 0.95 and recall < 0.1

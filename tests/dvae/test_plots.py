@@ -173,3 +173,21 @@ def test_bars_are_as_high_as_their_values():
     heights = [height for height, before in zip(blue[1:], blue, strict=False) if height > before]  # where a bar begins
     high, highest, low = (int(blue[start:end].max()) for start, end in ((0, 155), (155, 260), (260, 462)))
     assert len(heights) >= 3 and highest == pytest.approx(4 * high, abs=4) and low == pytest.approx(2 * high, abs=4)
+
+
+def test_lines_stand_at_their_values_and_bounds_in_ink():
+    x = np.array([1.0, 2.0, 4.0, 8.0])
+    low, middle, high = (plots.Line(x, x * 0 + y, x * 0 + y - 0.05, x * 0 + y + 0.05) for y in (0.25, 0.5, 0.75))
+    some = {"chance": low, "ours": high, "theirs": middle}
+    drawn = plots.lines({"title": some}, "best of N", strong="ours", binary=True)
+    assert drawn.dtype == torch.uint8 and drawn.shape[0] == 3
+    twice = plots.lines({"title": some, "other": some}, "best of N")
+    assert twice.shape[2] == pytest.approx(2 * drawn.shape[2], abs=2)
+    blue = (drawn == torch.tensor(BLUE, dtype=torch.uint8)[:, None, None]).all(0)
+    rows = blue.sum(1).topk(2).indices.float().mean()
+    orange = (drawn == torch.tensor(pixel("#d55e00"), dtype=torch.uint8)[:, None, None]).all(0)
+    assert rows < orange.sum(1).argmax(), "three quarters stand above a half"
+
+
+def pixel(colour):
+    return [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
