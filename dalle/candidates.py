@@ -73,20 +73,22 @@ class Candidates:
         """Of the prompts with at least one true one among n candidates: what a perfect ranker would reach."""
         return _share(self._groups(self.exact.float(), n).amax(2))
 
-    def gap(self, ranker: str, n: int | None = None) -> tuple[float, float, float]:
+    def gap(self, ranker: str, n: int | None = None) -> tuple[float, float, float] | None:
         """How much of the way from picking by chance (0) to the ceiling (1) a ranker goes, and a 95 % interval.
 
-        The interval is that of the bootstrap over prompts. NaN where there is no way to go.
+        The interval is that of the bootstrap over prompts. None where there is no way to go.
         """
         groups, exact = self._groups(self.scores[ranker], n), self._groups(self.exact.float(), n)
         first = torch.argsort(-groups, dim=2, stable=True)[..., :1]
         columns = exact.mean((1, 2)), exact.gather(2, first).mean((1, 2)), exact.amax(2).mean(1)
         chance, chosen, most = (column.double().numpy() for column in columns)
+        if not (most > chance).any():
+            return None
         rows = seeds.rng("gap", len(chance)).integers(len(chance), size=(_RESAMPLED, len(chance)))
         with np.errstate(invalid="ignore", divide="ignore"):
             shares = (chosen[rows] - chance[rows]).mean(1) / (most[rows] - chance[rows]).mean(1)
-            value = (chosen - chance).mean() / (most - chance).mean()
-            low, high = np.nanquantile(shares, (0.025, 0.975)) if np.isfinite(shares).any() else (math.nan, math.nan)
+        value = (chosen - chance).mean() / (most - chance).mean()
+        low, high = np.nanquantile(shares, (0.025, 0.975))  # nan of prompts that all have no way to go
         return float(value), float(low), float(high)
 
     def _groups(self, values: Tensor, n: int | None) -> Tensor:  # (P, N) -> (P, N // n, n)

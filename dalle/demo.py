@@ -207,7 +207,7 @@ def table(report: dict) -> str:
 
     chosen, code = report["chosen"], report["codebook"]
     said = ", ".join(f"{name} {weight:.3g}" for name, weight in report["weights"].items())
-    gaps = " and ".join(f"{100 * gap[0]:.0f} % ({kind})" for kind, gap in report["gap closed"].items())
+    gaps = [f"{100 * gap[0]:.0f} % ({kind})" for kind, gap in report["gap closed"].items() if gap]
     lines = ["", f"{'exact pictures, with 95 % intervals':<38}{'seen':<24}held-out compositions"]
     seen, held = report["reconstructions"]["seen"], report["reconstructions"]["held-out"]
     lines.append(f"{'reconstructions (stage 1)':<38}{share(seen):<24}{share(held)}")
@@ -217,7 +217,7 @@ def table(report: dict) -> str:
     lines += [
         f"* the model's own choice, its weights fitted on other captions: {said}; guidance {chosen['guidance']}, "
         f"temperature {chosen['temperature']}",
-        f"ranking closes {gaps} of the gap between a single sample and the ceiling",
+        f"ranking closes {' and '.join(gaps) or 'nothing'} of the gap between a single sample and the ceiling",
         "",
         f"codebook: {100 * code['used']:.1f} % of {code['codes']} codes in use over {code['tokens_per_code']:.0f} "
         f"tokens per code, perplexity {code['perplexity']:.0f}; {code['perplexity_bound']:.0f} is the most if each "

@@ -299,7 +299,8 @@ def curves(drawn: Candidates) -> tuple[dict[str, dict[str, Any]], dict[str, list
     best = {"chance": {str(n): drawn.single.json() for n in sizes}}
     best |= {name: {str(n): drawn.share(name, n).json() for n in sizes} for name in drawn.scores}
     best["ceiling"] = {str(n): drawn.ceiling(n).json() for n in sizes}
-    return best, {name: list(drawn.gap(name, sizes[-1])) for name in drawn.scores if name != "none"}
+    gaps = {name: drawn.gap(name, sizes[-1]) for name in drawn.scores if name != "none"}
+    return best, {name: list(gap) for name, gap in gaps.items() if gap is not None}
 
 
 def choices(drawn: Candidates, ranker: str) -> list[dict[str, Any]]:

@@ -175,7 +175,7 @@ def test_no_pictures_are_a_mistake(tiny_dvae):
 
 
 def test_precision_and_recall_by_hand():
-    """On a line, with the second nearest as the reach: balls around 0, 1, 2 reach 2, 1, 2, around 10, 11, 13 3, 2, 3."""
+    """With the second nearest as the reach, balls around 0, 1, 2 reach 2, 1, 2; around 10, 11, 13: 3, 2, 3."""
     real, drawn = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[10.0], [11.0], [13.0]])
     assert precision_recall(real, drawn, 2) == (0.0, 0.0) and precision_recall(real, real, 2) == (1.0, 1.0)
     drawn[0] = 3.5  # inside the ball of 2; its own ball now reaches 9.5, over all of the real
