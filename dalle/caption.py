@@ -9,14 +9,14 @@ Shapes: B pictures, R rows at a time, C captions, T text ids, V text vocabulary 
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dalle.model import DALLE, KVCache
 from dalle.rerank import spoken
-from dalle.sampling import check_settings, draw, filter_logits
+from dalle.sampling import check_settings, draw, filter_logits, whole
 from dvae.errors import NumericsError, UserError
 from dvae.seeds import generator
 
@@ -84,9 +84,9 @@ def sampled(
     _check(model, tokens, count, rows)
     check_settings(model, temperature, top_p=top_p)
     ids = model.config.vocab_text + model.config.text_length
-    if top_k is not None and not _whole(top_k, 1, ids):
+    if top_k is not None and not whole(top_k, 1, ids):
         raise UserError(f"top_k is {top_k!r}", f"give a whole number from 1 to {ids}, the text ids of this model")
-    if not _whole(seed, 0, 2**63 - 1):
+    if not whole(seed, 0, 2**63 - 1):
         raise UserError(f"seed is {seed!r}", "give a whole number from 0 to 2**63 - 1")
     uniforms = torch.stack([_uniforms(seed, k, model.config.text_length) for k in range(count)])
     found = []
@@ -121,9 +121,9 @@ def check_order(model: DALLE) -> None:
 
 def check_search(width: int, count: int) -> None:
     """Raise UserError for a setting of `beam` that is out of its range."""
-    if not _whole(count, 1):
+    if not whole(count, 1):
         raise UserError(f"count is {count!r}", "ask for 1 caption or more")
-    if not _whole(width, count):
+    if not whole(width, count):
         raise UserError(f"width is {width!r}, count {count}", "give a whole number from count on")
 
 
@@ -197,11 +197,7 @@ def _check(model: DALLE, tokens: Tensor, count: int, rows: int) -> None:
         raise UserError(f"tokens of shape {tuple(tokens.shape)} do not fit this model", hint)
     if tokens.amin() < 0 or tokens.amax() >= vocab:
         raise UserError("a token is none of this model's", f"give codes from 0 to {vocab - 1}")
-    if not _whole(count, 1):
+    if not whole(count, 1):
         raise UserError(f"count is {count!r}", "ask for 1 caption or more")
-    if not _whole(rows, 1):
+    if not whole(rows, 1):
         raise UserError(f"rows is {rows!r}", "compute 1 caption or more at a time")
-
-
-def _whole(value: Any, least: int, most: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most

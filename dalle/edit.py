@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from dalle import rerank
 from dalle.model import DALLE, KVCache
 from dalle.rerank import Scorer
-from dalle.sampling import Drawing, Sampled, check_settings, draw, filter_logits
+from dalle.sampling import Drawing, Sampled, check_settings, draw, filter_logits, whole
 from dvae import seeds
 from dvae.errors import UserError
 from dvae.images import to_uint8
@@ -69,7 +69,7 @@ def masked(tokens: Tensor, redrawn: Tensor) -> Canvas:
 
 def below(grid: tuple[int, int], rows: int) -> Tensor:
     """bool (h, w): the cells after the first `rows` rows, from 1 to h - 1 of them."""
-    if not _whole(rows, 1, grid[0] - 1):
+    if not whole(rows, 1, grid[0] - 1):
         most = f"give from 1 to {grid[0] - 1} rows of cells" if grid[0] > 1 else "a single row cannot be completed"
         raise UserError(f"rows is {rows!r}, and this model draws {grid[0]}", most)
     redrawn = torch.ones(grid, dtype=torch.bool)
@@ -107,7 +107,7 @@ def extended(tokens: Tensor, side: str, cells: int) -> Canvas:
     """
     if side not in SIDES:
         raise UserError(f"extend is {side!r}", f"choose one of {', '.join(SIDES)}")
-    if not _whole(cells, 1):
+    if not whole(cells, 1):
         raise UserError(f"cells is {cells!r}", "extend by 1 cell or more")
     across = side in ("left", "right")
     before = side in ("left", "up")
@@ -310,7 +310,7 @@ def draw_canvas(
         score: the scorer of pictures of which bool (h, w) cells were redrawn.
         settings: see `redraw`.
     """
-    if not (_whole(count, 1) and _whole(keep, 1, count)):
+    if not (whole(count, 1) and whole(keep, 1, count)):
         raise UserError(f"keep is {keep!r} of count {count!r}", "keep from 1 to as many pictures as are drawn")
     _check_seed(seed)
     (height, width), device = model.config.grid, model.start.device
@@ -323,25 +323,14 @@ def draw_canvas(
             own = seed if number == 0 else seeds.key("window", seed, number, place)
             scoring = score(chain[window] < 0)
             sampled = redraw(model, text_ids, chain[window], share, seed=own, **settings)
-            whole = chain.repeat(share, 1, 1)
-            whole[(slice(None), *window)] = sampled.tokens
-            new.append(whole)
+            grown = chain.repeat(share, 1, 1)
+            grown[(slice(None), *window)] = sampled.tokens
+            new.append(grown)
             new_scores.append(before + scoring(model, text_ids, sampled))
         tokens, totals = torch.cat(new), torch.cat(new_scores)
-        order = distinct_first(rerank.rank(totals).cpu(), tokens)
+        order = rerank.distinct_first(rerank.rank(totals), tokens)
         chains, scores = tokens[order[:keep]], totals[order[:keep]]
     return Drawn(tokens, totals, order)
-
-
-def distinct_first(order: Tensor, tokens: Tensor) -> Tensor:
-    """int64 (R,): an order of pictures (R, h, w) with each repetition of an earlier one moved to the end."""
-    seen: set[tuple[int, ...]] = set()
-    first, again = [], []
-    for k in order.tolist():
-        picture = tuple(tokens[k].flatten().tolist())
-        (again if picture in seen else first).append(k)
-        seen.add(picture)
-    return torch.tensor(first + again)
 
 
 # --------------------------------------------------------------------------------------------------------- ranking
@@ -419,16 +408,12 @@ def _check(model: DALLE, known: Tensor, count: int, passes: int) -> None:
         raise UserError(f"known tokens are {tuple(known.shape)}, not {grid}", "give one grid of tokens of this model")
     if known.amin() < -1 or known.amax() >= vocab:
         raise UserError("a known token is none of this model's", f"give a code from 0 to {vocab - 1}, or -1")
-    if not _whole(count, 1):
+    if not whole(count, 1):
         raise UserError(f"count is {count!r}", "ask for 1 picture or more")
-    if not _whole(passes, 0):
+    if not whole(passes, 0):
         raise UserError(f"passes is {passes!r}", "give a whole number from 0 on")
 
 
 def _check_seed(seed: int) -> None:
-    if not _whole(seed, 0, 2**63 - 1):
+    if not whole(seed, 0, 2**63 - 1):
         raise UserError(f"seed is {seed!r}", "give a whole number from 0 to 2**63 - 1")
-
-
-def _whole(value: Any, least: int, most: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most

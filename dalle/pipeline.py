@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.model import DALLE, DALLEConfig
-from dalle.rerank import COMBINED, NAMES, SEEN, WEIGHTS, Evidence, Scorer, partly, rank, scorer, stages
+from dalle.rerank import COMBINED, NAMES, SEEN, WEIGHTS, Evidence, Scorer, distinct_first, partly, rank, scorer, stages
 from dalle.sampling import Blend, Sampled, sample, sample_pruned
 from dalle.text import Text
 from dvae import artefact
@@ -160,7 +160,7 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
             other = None if blend is None else Blend(self.text.encode(blend[0]), blend[1])
             sampled = self.sample([caption], count, seed, blend=other, exact=exact, progress=progress, **settings)
         scores = score(self.model, ids, sampled)
-        order = _distinct_first(rank(scores), sampled.tokens)[:keep]
+        order = distinct_first(rank(scores), sampled.tokens)[:keep]
         return self._painted(sampled, order, caption, seed, numbers, scores)
 
     @torch.inference_mode()
@@ -228,17 +228,6 @@ def warn_of_null(drawer: Pipeline, guidance: float, rerank: str | None) -> None:
             "this model was trained without dropped captions: guidance, pmi and half-pmi mean nothing to it",
             "draw with guidance 1 and rank by likelihood or contrast, or train it with --data.caption_dropout 0.1",
         )
-
-
-def _distinct_first(order: Tensor, tokens: Tensor) -> Tensor:
-    """int64 (N,): an order of pictures (N, h, w) with each repetition of an earlier one moved to the end."""
-    seen: set[bytes] = set()
-    first, again = [], []
-    for k in order.tolist():
-        picture = tokens[k].cpu().numpy().tobytes()
-        (again if picture in seen else first).append(k)
-        seen.add(picture)
-    return torch.tensor(first + again)
 
 
 def save(

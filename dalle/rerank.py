@@ -240,3 +240,14 @@ def stages(count: int, cells: int) -> tuple[tuple[int, int], ...]:
 def rank(scores: Tensor) -> Tensor:
     """int64 (N,): indices of the pictures, best first; equals keep their order, and what is not a number comes last."""
     return torch.argsort(-scores, stable=True)
+
+
+def distinct_first(order: Tensor, tokens: Tensor) -> Tensor:
+    """int64 (N,): an order of pictures (N, h, w) with each repetition of an earlier one moved to the end."""
+    seen: set[bytes] = set()
+    first, again = [], []
+    for k in order.tolist():
+        picture = tokens[k].cpu().numpy().tobytes()
+        (again if picture in seen else first).append(k)
+        seen.add(picture)
+    return torch.tensor(first + again)

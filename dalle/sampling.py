@@ -189,7 +189,7 @@ def sample_pruned(
     _check(len(text_ids), count, [seed], count)
     cells, before, left = math.prod(model.config.grid), 0, count
     for cell, keep in stages:
-        if not (_whole(cell, before + 1, cells - 1) and _whole(keep, 1, left)):
+        if not (whole(cell, before + 1, cells - 1) and whole(keep, 1, left)):
             raise UserError(
                 f"the stage ({cell}, {keep}) cannot follow {before} cells and {left} pictures of {cells} cells",
                 "give pairs (cells, keep): more cells and no more pictures from stage to stage",
@@ -328,7 +328,7 @@ def check_settings(
     if not (_number(temperature) and 0 < temperature <= _MOST):
         hint = f"give a number above 0, up to {_MOST}; for the likeliest codes use top_k 1"
         raise UserError(f"temperature is {temperature!r}", hint)
-    if top_k is not None and not _whole(top_k, 1, vocab):
+    if top_k is not None and not whole(top_k, 1, vocab):
         raise UserError(f"top_k is {top_k!r}", f"give a whole number from 1 to {vocab}, the codes of this model")
     if top_p is not None and not (_number(top_p) and 0 < top_p <= 1):
         raise UserError(f"top_p is {top_p!r}", "give a number above 0, up to 1")
@@ -337,14 +337,14 @@ def check_settings(
 
 
 def _check(prompts: int, count: int, seeds: Sequence[int], batch: int) -> None:
-    if not _whole(count, 1):
+    if not whole(count, 1):
         raise UserError(f"count is {count!r}", "ask for 1 picture or more")
-    if not _whole(batch, 1):
+    if not whole(batch, 1):
         raise UserError(f"batch is {batch!r}", "compute 1 picture or more at a time")
     if len(seeds) != prompts:
         raise UserError(f"{len(seeds)} seeds for {prompts} prompts", "give one seed, or one for each prompt")
     for seed in seeds:
-        if not _whole(seed, 0, 2**63 - 1):
+        if not whole(seed, 0, 2**63 - 1):
             raise UserError(f"seed is {seed!r}", "give a whole number from 0 to 2**63 - 1")
 
 
@@ -356,7 +356,8 @@ def _check_known(model: DALLE, known: Tensor, prompts: int) -> None:
         raise UserError("a known token is none of this model's", f"give a code from 0 to {vocab - 1}, or -1")
 
 
-def _whole(value: Any, least: int, most: float = math.inf) -> bool:
+def whole(value: Any, least: int, most: float = math.inf) -> bool:
+    """Whether a setting is a whole number of this range."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
