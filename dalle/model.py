@@ -304,14 +304,13 @@ class DALLE(nn.Module):
             image_tokens: int64 (B, h, w).
             scales: how many times as large gradients are inside each of `branches`, those of its parameters too
                 (`dalle.scaling`); none are without.
-            image_first: whether the picture stands before the text; needs `config.both_orders`. The picture may then
-                end after its first n cells, int64 (B, n), as if nobody had drawn the others yet.
+            image_first: whether the picture stands before the text; needs `config.both_orders`.
         """
         self._check_order(image_first)
         text, image = self._embed_text(text_ids, not image_first), self._embed_image(image_tokens, image_first)
         parts = [image, text] if image_first else [text, image]
         x = torch.cat(parts, dim=1)  # (B, S, E)
-        masks = self._masks(image_first, missing=self.layout.states - x.shape[1])
+        masks = self._masks(image_first)
         for layer, block in enumerate(self.blocks):
             own = (None, None) if scales is None else scales[2 * layer : 2 * layer + 2]
             inputs = x, layer, None, masks.get(block.kind), own
@@ -366,8 +365,7 @@ class DALLE(nn.Module):
 
     @torch.no_grad()
     def prefill_image(self, image_tokens: Tensor) -> KVCache:
-        """Read pictures (B, h, w), or their first n cells (B, n), first in their sequences; the cache that comes back
-        is ready for text id 0."""
+        """Read pictures (B, h, w) whole, first in their sequences; the cache that comes back is ready for text id 0."""
         self._check_order(image_first=True)
         cache, x = self._cache(len(image_tokens)), self._embed_image(image_tokens, whole=True)
         masks = {kind: mask[: x.shape[1], : x.shape[1]] for kind, mask in self._masks(image_first=True).items()}
@@ -381,7 +379,7 @@ class DALLE(nn.Module):
         Args:
             ids: int64 (B,), what stands at place - 1; None at place 0, where start-of-text is read.
         """
-        assert (ids is None) == (place == 0)
+        assert cache.length == self.image_first_layout.text.start + place and (ids is None) == (place == 0)
         held = self.start[0].expand(cache.keys.shape[1], -1) if ids is None else self.text_embedding(ids)
         x = held + self.text_position.weight[place]
         return self._logits(self._read(x[:, None], cache, {}), self.text_head)[:, 0]
@@ -391,6 +389,7 @@ class DALLE(nn.Module):
         """Logits (B, T, V) of texts (B, T), or of their first n ids, after the pictures in a cache of B rows, in one
         pass; like `score`."""
         length, x = cache.length, self._embed_text(text_ids, whole=False)
+        assert length == self.image_first_layout.text.start
         mask = torch.ones(x.shape[1], length + x.shape[1], dtype=torch.bool, device=x.device).tril(length)
         x = self._read(x, cache, dict.fromkeys(self.config.kinds, mask))
         cache.truncate(length)
@@ -407,17 +406,10 @@ class DALLE(nn.Module):
     def _check_order(self, image_first: bool) -> None:
         assert self.config.both_orders or not image_first, "this model reads text first only"
 
-    def _masks(self, image_first: bool, missing: int = 0) -> dict[str, Tensor]:
-        """What each kind of block has to be told to read, bool (S, S); nothing for full attention, which is causal.
-        Without the last `missing` states of a picture that comes first."""
+    def _masks(self, image_first: bool) -> dict[str, Tensor]:
+        """What each kind of block has to be told to read, bool (S, S); nothing for full attention, which is causal."""
         order = "image_first_" if image_first else ""
-        masks = {kind: self.get_buffer(f"{kind}_{order}mask") for kind in self._patterns}
-        if not missing:
-            return masks
-        states = torch.arange(self.layout.states, device=self.start.device)
-        end = self.image_first_layout.image.stop
-        left = states[(states < end - missing) | (states >= end)]
-        return {kind: mask[left][:, left] for kind, mask in masks.items()}
+        return {kind: self.get_buffer(f"{kind}_{order}mask") for kind in self._patterns}
 
     def _cache(self, rows: int) -> KVCache:
         config, device = self.config, self.start.device.type

@@ -153,7 +153,7 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
                     f"keep at most {left}, without exact and blend, or do not prune",
                 )
             null_ids = self.text.null()
-            hope = partly(null_ids if self.knows_null else None, self.model.config.both_orders)
+            hope = partly(null_ids if self.knows_null else None)
             settings |= {"null_ids": null_ids, "seed": seed, "progress": progress}
             sampled, numbers = sample_pruned(self.model, ids, count, halts, hope, **settings)
         else:

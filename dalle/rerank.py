@@ -138,8 +138,8 @@ def log_likelihoods(model: DALLE, text_ids: Tensor, tokens: Tensor) -> Tensor:
 def text_log_likelihoods(model: DALLE, text_ids: Tensor, tokens: Tensor) -> Tensor:
     """ln p(caption | picture), (P, N), of all words and of the first pad, which says that the caption ends there.
 
-    Pictures may be unfinished, (N, n) of their cells. Each is read once; pairs are then scored in one teacher-forced
-    pass for as many as fit. It takes a model of both orders.
+    Each picture is read once; pairs are then scored in one teacher-forced pass for as many as fit. It takes a model of
+    both orders.
     """
     texts, pictures, c = len(text_ids), len(tokens), model.config
     told = spoken(text_ids, c.vocab_text)
@@ -223,11 +223,10 @@ def scorer(
     return score
 
 
-def partly(null_ids: Tensor | None, both_orders: bool) -> Scorer:
-    """What can be said of unfinished pictures, whose tokens are (R, cells): the default of a model that captions, else
-    half-pmi of the cells so far, or likelihood without a null prompt (1, T)."""
-    name = COMBINED if both_orders else "likelihood" if null_ids is None else "half-pmi"
-    return scorer(name, null_ids=null_ids, weights=WEIGHTS, both_orders=both_orders)
+def partly(null_ids: Tensor | None) -> Scorer:
+    """What can be said of unfinished pictures, whose tokens are (R, cells), for nothing: half-pmi of the cells so far,
+    or likelihood without a null prompt (1, T)."""
+    return scorer("likelihood" if null_ids is None else "half-pmi", null_ids=null_ids)
 
 
 def stages(count: int, cells: int) -> tuple[tuple[int, int], ...]:

@@ -125,22 +125,17 @@ class ImageFirst:
 
     Args:
         share: of the batches, from 0 (none) to below 1.
-        cut: chance of a batch's pictures to end after some of their cells, so that the model can say what an unfinished
-            picture promises: what early pruning asks.
         text_weight: of the mean text loss there, pads counted, for they say where a caption ends: -ln p(text | image).
         image_weight: of the mean image loss there: -ln p(image).
     """
 
     share: float = 0.0
-    cut: float = 0.25
     text_weight: float = 7 / 8
     image_weight: float = 1 / 8
 
     def __post_init__(self):
         if not 0 <= self.share < 1:
             raise UserError(f"image_first.share is {self.share}", "give a share from 0 to below 1, such as 0.5")
-        if not 0 <= self.cut <= 1:
-            raise UserError(f"image_first.cut is {self.cut}", "give a chance from 0 to 1, such as 0.25")
         unused = [field.name for field in fields(self)[1:] if getattr(self, field.name) != field.default]
         if unused and not self.share:
             raise UserError(f"image_first sets {', '.join(unused)}, and share 0", "set image_first.share, such as 0.5")
@@ -264,10 +259,7 @@ class LitDALLE(lit.Lit):
 
     def step(self, batch: dict[str, Any], update: int, batch_index: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         ids, tokens = batch["text_ids"], batch["image_tokens"]
-        rng = seeds.rng(self.seed, "order", batch_index)
-        image_first = rng.random() < self.image_first.share
-        if image_first and rng.random() < self.image_first.cut:
-            tokens = tokens.flatten(1)[:, : int(rng.integers(1, self.model.layout.cells + 1))]
+        image_first = seeds.rng(self.seed, "order", batch_index).random() < self.image_first.share
         logits = self.model(ids, tokens, None if self.scales is None else self.scales.values, image_first)
         text, image = losses(logits, ids, tokens, batch["keep_text"], self.pad_targets or image_first)
         if image_first:

@@ -70,7 +70,7 @@ CONFIGS = {
         "model": {
             **{"depth": 1, "width": 32, "heads": 2, "prompts": 1, "checkpoint_every": 4},
             "from_codes": 0.5,
-            "image_first": {"share": 0.4, "cut": 0.5},
+            "image_first": {"share": 0.4},
             "patterns": "paper",
             "checkpointing": True,
             "pad_targets": False,

@@ -169,32 +169,6 @@ def test_cached_logits_of_texts_after_pictures_are_the_uncached(changes):
     torch.testing.assert_close(model.score_text(text[[2, 0]], swapped), expected[[2, 0]], atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("changes", BOTH)
-def test_unfinished_pictures_are_pictures_whose_other_cells_nobody_has_drawn(changes):
-    """What is said after the first n cells is the same whether the others are there to be ignored or not at all."""
-    model = random_model(both_orders=True, **changes)
-    config, layout = model.config, model.image_first_layout
-    text = torch.randint(11 + config.text_length, (2, config.text_length))
-    image = torch.randint(K, (2, *config.grid))
-    whole = model(text, image, image_first=True)
-    for n in {1, layout.cells // 2, layout.cells - 1, layout.cells} - {0}:
-        found = model(text, image.flatten(1)[:, :n], image_first=True)
-        assert found.text.shape == whole.text.shape and found.image.shape[1] == n
-        torch.testing.assert_close(found.image, whole.image[:, :n], atol=1e-12, rtol=0)  # causal: nothing later is read
-        cache = model.prefill_image(image.flatten(1)[:, :n])
-        assert cache.length == n + 1
-        torch.testing.assert_close(model.score_text(text, cache), found.text, atol=1e-12, rtol=0)
-        torch.testing.assert_close(model.step_text(None, 0, cache), found.text[:, 0], atol=1e-12, rtol=0)
-        if n < layout.cells:  # by the whole table, with the missing cells masked away
-            x = torch.cat([model._embed_image(image, whole=True), model._embed_text(text, whole=False)], 1)
-            for layer, block in enumerate(model.blocks):
-                mask = layout.mask(block.kind)
-                mask[layout.text, n + 1 : layout.cells + 1] = False
-                x = block(x, layer, reads=mask)
-            expected = model.text_head(model.norm(x[:, layout.text]))
-            torch.testing.assert_close(found.text, expected, atol=1e-12, rtol=0)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_image_first_is_the_dense_mask_of_its_layout(kind):
     """Each token is changed in turn: pictures know nothing of the words, words everything of the picture."""

@@ -154,7 +154,7 @@ def test_the_command_line_takes_and_refuses_these_settings(tiny_tokens, tmp_path
 
 def test_a_share_of_the_batches_is_read_picture_first():
     """Which ones is a function of the seed and the batch; their loss is of the other order, with weights of its own."""
-    order = ImageFirst(0.3, cut=0.0, text_weight=0.6, image_weight=0.2)
+    order = ImageFirst(0.3, text_weight=0.6, image_weight=0.2)
     lit, data = module(image_first=order, pad_targets=False), batch()
     orders = []
     for index in range(400):
@@ -182,29 +182,7 @@ def test_a_model_of_one_order_has_no_other():
     assert all("train/caption_loss" not in lit.step(batch(), 0, index)[1] for index in range(50))
 
 
-def test_some_pictures_end_early(monkeypatch):
-    """What the model reads in such a batch; all words are to be said after any part of a picture."""
-    lit, data, read = module(image_first=ImageFirst(0.99, cut=0.5)), batch(), []
-    forward = lit.model.forward
-
-    def spy(text_ids, tokens, scales=None, image_first=False):
-        read.append(tokens.flatten(1))
-        return forward(text_ids, tokens, scales, image_first)
-
-    monkeypatch.setattr(lit.model, "forward", spy)
-    for index in range(300):
-        _, numbers = lit.step(data, 0, index)
-        if "train/caption_loss" in numbers:
-            each = -forward(data["text_ids"], read[-1], image_first=True).text.log_softmax(-1)
-            each = each.gather(2, data["text_ids"][..., None])[..., 0][data["keep_text"]]
-            assert numbers["train/caption_loss"].item() == pytest.approx(each.mean().item(), rel=1e-5)
-    ends = [tokens.shape[1] for tokens in read]
-    assert 0.4 < sum(end == 16 for end in ends) / 300 < 0.65 and set(ends) == set(range(1, 17))
-    assert all(torch.equal(tokens, data["image_tokens"].flatten(1)[:, : tokens.shape[1]]) for tokens in read)
-
-
-@pytest.mark.parametrize("given", [dict(share=1.0), dict(share=-0.1), dict(text_weight=0.5), dict(cut=0.5),
-                                   dict(share=0.5, cut=1.5), dict(share=0.5, cut=-1)])  # fmt: skip
+@pytest.mark.parametrize("given", [dict(share=1.0), dict(share=-0.1), dict(text_weight=0.5)])
 def test_shares_that_cannot_be_and_weights_of_nothing_are_refused(given):
     with pytest.raises(UserError, match="image_first"):
         ImageFirst(**given)
