@@ -1,8 +1,9 @@
 """`dalle demo`: from nothing to ranked pictures in minutes, on drawn scenes, with every number judged.
 
 Trains both stages with shipped recipes (configs/dvae/demo.yaml and configs/dalle/demo.yaml, or scenes.yaml of each),
-chooses guidance and temperature and fits the weights of the ranker on captions that are never reported, then draws 16
-candidates for each of 400 captions of known compositions and 400 of compositions that neither stage has ever seen.
+chooses guidance, temperature and ranker on captions that are never reported, then draws 16 candidates for each of 400
+captions of known compositions and 400 of compositions that neither stage has ever seen. With `captions` the transformer
+reads both ways, for twice as many updates, and the weights of its ranker are fitted.
 """
 
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import yaml
 from tqdm import tqdm
 
 from dalle import pipeline
@@ -24,6 +26,7 @@ from dalle.candidates import Candidates, Settings, Share, draw_and_judge, fit
 from dalle.prepare import Prepared, prepare, vocab
 from dalle.rerank import COMBINED
 from dvae import artefact, codebook, files, scenes
+from dvae.commands import find_config
 from dvae.data import open_source
 from dvae.drawings import BAD, GOOD, Label, sheet
 from dvae.errors import UserError
@@ -32,16 +35,22 @@ from dvae.images import save
 DRAWN = {"demo": 20_000, "scenes": 40_000}  # scenes that a recipe trains on
 CANDIDATES = 16
 REPORTED = 400  # captions of each kind
-CHOSEN_ON = 200  # further captions, half of each kind, for guidance, temperature and the ranker's weights
-FITTED = ("likelihood", "caption")  # the scores that are weighed
-RANKERS = ("likelihood", "pmi", "half-pmi", "contrast", "caption", "caption-seen", COMBINED)
+CHOSEN_ON = 200  # further captions, half of each kind, for guidance, temperature and ranker
+RANKERS = ("likelihood", "pmi", "half-pmi", "contrast")
+OF_CAPTIONS = ("caption", "caption-seen")  # rankers that read the picture first
+FITTED = ("likelihood", "caption")  # the scores that `combined` weighs then
+SHARE = 0.5  # of the batches that read the picture first then; so twice as many updates draw as much as without
 TRIED = tuple(Settings(temperature, guidance) for temperature, guidance in product((0.5, 0.7), (1.5, 2.5)))
 TRIED_CANDIDATES = 8  # enough to choose by, at half the cost
 FIRST_REPORTED, FIRST_CHOSEN_ON = 1000, 500  # indices in each split; the first 500 of val validate the trainings
 
 
 def demo(
-    out: str = "runs/demo", seed: int = 0, quick: bool = False, recipe: Literal["demo", "scenes"] = "demo"
+    out: str = "runs/demo",
+    seed: int = 0,
+    quick: bool = False,
+    recipe: Literal["demo", "scenes"] = "demo",
+    captions: bool = False,
 ) -> None:
     """Train both stages on drawn scenes, from nothing to ranked pictures, and say how many are true.
 
@@ -50,13 +59,15 @@ def demo(
         seed: of the whole demo.
         quick: a minute's run that shows every step but learns little.
         recipe: the shipped configs to train by: those of the demo (32 px, minutes), or of the scenes (64 px, longer).
+        captions: let half of the batches read the picture before its words, and train twice as long: the model captions
+            too, and ranks by it.
     """
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{out} is not empty", "choose another folder with --out, or remove that one")
     clock: dict[str, float] = {}
     with timed(clock, "total"):
-        train(folder, seed, quick, recipe, clock)
+        train(folder, seed, quick, recipe, captions, clock)
         report = measure(folder, seed, quick, clock)
     report["seconds"] = {step: round(seconds, 1) for step, seconds in clock.items()}
     files.write_json(folder / "report.json", report)
@@ -65,11 +76,11 @@ def demo(
     print(f"wrote {folder / 'samples.png'}, {folder / 'report.json'}")
     print(
         f'try: dalle sample {folder / "dalle"} "a red circle above a small blue square" '
-        f"--guidance {chosen['guidance']} --temperature {chosen['temperature']}"
+        f"--guidance {chosen['guidance']} --temperature {chosen['temperature']} --rerank {chosen['ranker']}"
     )
 
 
-def train(folder: Path, seed: int, quick: bool, recipe: str, clock: dict[str, float]) -> None:
+def train(folder: Path, seed: int, quick: bool, recipe: str, captions: bool, clock: dict[str, float]) -> None:
     from dalle.train import main as train_transformer
     from dvae.train import main as train_tokenizer
 
@@ -89,7 +100,19 @@ def train(folder: Path, seed: int, quick: bool, recipe: str, clock: dict[str, fl
     print("3/4 training the transformer")
     with timed(clock, "stage 2"):
         where = ["--run", str(folder / "dalle"), "--data.tokens", str(tokens)]
-        train_transformer(["fit", "--config", f"dalle/{recipe}", *where, *common])
+        both = both_orders(recipe) if captions else []
+        train_transformer(["fit", "--config", f"dalle/{recipe}", *where, *both, *common])
+
+
+def both_orders(recipe: str) -> list[str]:
+    """The settings that make a recipe read both ways, for twice as many updates."""
+    config = yaml.safe_load(find_config(f"dalle/{recipe}").read_text(encoding="utf-8"))
+    rate, trainer = config["model"]["optimiser"]["learning_rate"], config["trainer"]
+    return [
+        f"--model.image_first.share={SHARE}",
+        f"--model.optimiser.learning_rate.steps={2 * rate['steps'] + rate['warmup']}",
+        *(f"--trainer.{name}={2 * trainer[name]}" for name in ("max_steps", "val_check_interval")),
+    ]
 
 
 def measure(folder: Path, seed: int, quick: bool, clock: dict[str, float]) -> dict:
@@ -108,30 +131,38 @@ def measure(folder: Path, seed: int, quick: bool, clock: dict[str, float]) -> di
     with timed(clock, "reconstructions"):
         known = reconstructions(drawer, "val", reported)
         unknown = reconstructions(drawer, "heldout", reported)
+    names = (*RANKERS, *(OF_CAPTIONS if drawer.model.config.both_orders else ()))
     with timed(clock, "choosing"):
         options = []
         for settings in TRIED:
             both = [
-                draw(s, FIRST_CHOSEN_ON, chosen_on // 2, TRIED_CANDIDATES, settings, (*FITTED, COMBINED))
-                for s in ("val", "heldout")
+                draw(s, FIRST_CHOSEN_ON, chosen_on // 2, TRIED_CANDIDATES, settings, names) for s in ("val", "heldout")
             ]
-            options.append((settings, both, [candidates.share(COMBINED).value for candidates in both]))
-        settings, both, _ = max(options, key=lambda option: sum(option[2]))
-        drawer = with_weights(folder / "dalle" / "model", drawer, fit(both, FITTED))
+            weights = fit(both, FITTED) if drawer.model.config.both_orders else {}
+            for candidates in both:
+                if weights:
+                    scores = sum(weight * candidates.scores[name] for name, weight in weights.items())
+                    candidates.scores[COMBINED] = scores
+            for ranker in both[0].scores:
+                shares = [candidates.share(ranker).value for candidates in both]
+                options.append((sum(shares), settings, ranker, *shares, weights))
+        _, settings, ranker, *_, weights = max(options, key=lambda option: option[0])
+        if weights:
+            drawer, names = with_weights(folder / "dalle" / "model", drawer, weights), (*names, COMBINED)
     with timed(clock, "judging"):
         results = {
-            "seen": draw("val", FIRST_REPORTED, reported, CANDIDATES, settings, RANKERS),
-            "held-out": draw("heldout", FIRST_REPORTED, reported, CANDIDATES, settings, RANKERS),
+            "seen": draw("val", FIRST_REPORTED, reported, CANDIDATES, settings, names),
+            "held-out": draw("heldout", FIRST_REPORTED, reported, CANDIDATES, settings, names),
         }
-    picture(folder / "samples.png", results)
+    picture(folder / "samples.png", results, ranker)
     return {
-        "chosen": {**asdict(settings), "ranker": COMBINED},
+        "chosen": {**asdict(settings), "ranker": ranker},
         "weights": drawer.weights,
         "tried": [
-            {**asdict(tried), "seen": known_share, "held-out": unknown_share}
-            for tried, _, (known_share, unknown_share) in options
+            {**asdict(tried), "ranker": name, "seen": known_share, "held-out": unknown_share}
+            for _, tried, name, known_share, unknown_share, _ in options
         ],
-        "gap closed": {kind: candidates.gap(COMBINED) for kind, candidates in results.items()},
+        "gap closed": {kind: candidates.gap(ranker) for kind, candidates in results.items()},
         "reconstructions": {"seen": known.json(), "held-out": unknown.json()},
         "codebook": codes(folder, drawer.tokenizer.config.image_size),
         "captions": {name: exactness(candidates) for name, candidates in results.items()},
@@ -154,7 +185,7 @@ def with_weights(folder: Path, drawer: pipeline.Pipeline, weights: dict[str, flo
 
 
 def exactness(candidates: Candidates) -> dict[str, dict[str, float]]:
-    best = {f"best of {CANDIDATES} by {name}": candidates.share(name).json() for name in RANKERS}
+    best = {f"best of {CANDIDATES} by {name}": candidates.share(name).json() for name in candidates.scores}
     return {"single sample": candidates.single.json(), **best, "ceiling": candidates.ceiling().json()}
 
 
@@ -185,18 +216,18 @@ def codes(folder: Path, size: int) -> dict[str, float]:
     }
 
 
-def picture(path: Path, results: dict[str, Candidates]) -> None:
+def picture(path: Path, results: dict[str, Candidates], ranker: str) -> None:
     """Four prompts of each kind, all candidates, the chosen one framed, the judge's verdict under each."""
     rows = []
     for name, candidates in results.items():
-        best = candidates.best(COMBINED)
+        best = candidates.best(ranker)
         for prompt in range(min(4, len(candidates.captions))):
             labels = []
             for k in range(CANDIDATES):
                 true, chosen = bool(candidates.exact[prompt, k]), k == int(best[prompt])
                 labels.append(Label("true" if true else "false", GOOD if true else BAD, framed=chosen))
             rows.append((f"{name}: {candidates.captions[prompt]}", candidates.images[prompt], labels))
-    save(sheet(rows, side=64, title="the candidate that the model chose is framed; green: shows its caption"), path)
+    save(sheet(rows, side=64, title=f"the candidate chosen by {ranker} is framed; green: shows its caption"), path)
 
 
 def table(report: dict) -> str:
@@ -206,7 +237,7 @@ def table(report: dict) -> str:
         return f"{100 * row['value']:5.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
     chosen, code = report["chosen"], report["codebook"]
-    said = ", ".join(f"{name} {weight:.3g}" for name, weight in report["weights"].items())
+    said = ", ".join(f"{name} {weight:.3g}" for name, weight in (report["weights"] or {}).items())
     gaps = [f"{100 * gap[0]:.0f} % ({kind})" for kind, gap in report["gap closed"].items() if gap]
     lines = ["", f"{'exact pictures, with 95 % intervals':<38}{'seen':<24}held-out compositions"]
     seen, held = report["reconstructions"]["seen"], report["reconstructions"]["held-out"]
@@ -215,8 +246,8 @@ def table(report: dict) -> str:
         mark = " *" if name.endswith(f"by {chosen['ranker']}") else ""
         lines.append(f"{name + mark:<38}{share(row):<24}{share(report['captions']['held-out'][name])}")
     lines += [
-        f"* the model's own choice, its weights fitted on other captions: {said}; guidance {chosen['guidance']}, "
-        f"temperature {chosen['temperature']}",
+        f"* chosen on other captions, with guidance {chosen['guidance']} and temperature {chosen['temperature']}"
+        + f"; combined is {said}" * bool(said),
         f"ranking closes {' and '.join(gaps) or 'nothing'} of the gap between a single sample and the ceiling",
         "",
         f"codebook: {100 * code['used']:.1f} % of {code['codes']} codes in use over {code['tokens_per_code']:.0f} "

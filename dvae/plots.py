@@ -226,7 +226,8 @@ def lines(panels: Mapping[str, Mapping[str, Line]], x: str, strong: str = "", bi
 
     Args:
         x: what the values are over; `binary` spaces 1, 2, 4, ... evenly.
-        strong: the label of the line that matters; "chance" and "ceiling" are drawn as bounds.
+        strong: the label of the line that matters, and alone shows its interval; without it all do. "chance" and
+            "ceiling" are drawn as bounds.
     """
     from matplotlib import ticker
 
@@ -238,12 +239,13 @@ def lines(panels: Mapping[str, Mapping[str, Line]], x: str, strong: str = "", bi
             if style["linestyle"] is None:
                 style = {"color": _MANY[others % len(_MANY)], "linestyle": ("-", "-.")[others // len(_MANY) % 2]}
                 others += 1
-            axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.06 + 0.1 * (label == strong))
+            if label == strong or not strong:
+                axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.16, linewidth=0)
             width = 2.6 if label == strong else 1.2
             axes.plot(line.x, line.y, marker="o", markersize=2.6, linewidth=width, label=label, **style)
         if binary:
             axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
+            axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         if all(0 <= line.low.min() and line.high.max() <= 1 for line in some.values()):
             axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda share, _: f"{100 * share:.4g} %"))
         axes.set_xlabel(x, fontsize=8, color=_LIGHT.ink)
