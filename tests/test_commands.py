@@ -179,6 +179,12 @@ def test_wrong_values_of_sample_write_nothing(wrong, tmp_path, tiny_dalle, capsy
     assert not out.exists() or not list(out.iterdir())
 
 
+@pytest.mark.parametrize("prompt", ["", "  "])
+def test_prompts_that_say_nothing(prompt, tmp_path, tiny_dalle, capsys):
+    what, _ = refused(capsys, dalle, ["sample", tiny_dalle, prompt, "--out", tmp_path / "out"], 2)
+    assert "says nothing" in what
+
+
 @pytest.mark.parametrize("content", [b"", b"\n\n", "caf\u00e9".encode("latin-1"), None], ids=str)
 def test_wrong_prompts_files(content, tmp_path, tiny_dalle, capsys):
     if content is not None:
@@ -230,7 +236,7 @@ def test_an_out_that_cannot_be_written(tmp_path, tiny_dalle, capsys):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["a red circle", "null", "[1, 2]", "{a: b}", "12", "1e3", "yes", "a: b", "@file", "", "-x"]
+    "prompt", ["a red circle", "null", "[1, 2]", "{a: b}", "12", "1e3", "yes", "a: b", "@file", "-x"]
 )
 def test_a_prompt_is_taken_to_the_letter(prompt, tmp_path, tiny_dalle, capsys):
     given = ["--", prompt] if prompt.startswith("-") else [prompt]
