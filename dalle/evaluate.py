@@ -58,13 +58,14 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Protocol:
-    """How it is measured. Rankers are asked for the names that the model can be asked for.
+    """How it is measured.
 
     Args:
         prompts: captions of either kind.
         count: candidates of each; best-of-N is told for 1, 2, 4, ... up to it.
         swept: candidates of each for the sweep of guidance, 0 for none.
         seed: another one draws other pictures, of other captions but for scenes.
+        settings: how candidates are drawn; the sweep takes its temperature.
     """
 
     prompts: int
@@ -202,7 +203,7 @@ def measure(
         features: maps pictures (B, 3, H, W) in [0, 1] to features (B, D).
     """
     found: dict[str, Any] = {"kinds": {}}
-    names = rankers(drawer)
+    names = rankers(drawer) if judge else [drawer.ranker]  # without verdicts no score can be compared
     for kind, rows in kinds.items():
         own = {"prompts": len(rows.rows), "losses": modality_losses(drawer, rows)}
         own["reconstructions"] = reconstructions(drawer, rows, judge)
