@@ -115,7 +115,7 @@ def check_order(model: DALLE) -> None:
     if not model.config.both_orders:
         raise UserError(
             "this model was trained to read words before pictures only, so it cannot caption",
-            "train one with --model.image_first.share 0.5; dalle score --by likelihood works with this one",
+            "train one with --model.image_first.share 0.25; dalle score --by likelihood works with this one",
         )
 
 

@@ -211,7 +211,7 @@ def scorer(
         if plain == "caption" and not both_orders:
             raise UserError(
                 f"this model draws but does not caption, and {name} asks it to",
-                "rank by another score, or train it with --model.image_first.share 0.5",
+                "rank by another score, or train it with --model.image_first.share 0.25",
             )
         lacks = (plain in ("pmi", "half-pmi") and null_ids is None) or (plain != part and repaint is None)
         if lacks or (plain == "contrast" and (captions_ids is None or not len(captions_ids))):

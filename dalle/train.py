@@ -1,6 +1,6 @@
 """Stage 2 under Lightning: `dalle fit | validate | test`.
 
-    dalle fit --config dalle/scenes --data.tokens runs/scenes-tokens --run runs/scenes-dalle
+dalle fit --config dalle/scenes --data.tokens runs/scenes-tokens --run runs/scenes-dalle
 """
 
 from collections.abc import Sequence
@@ -135,10 +135,10 @@ class ImageFirst:
 
     def __post_init__(self):
         if not 0 <= self.share < 1:
-            raise UserError(f"image_first.share is {self.share}", "give a share from 0 to below 1, such as 0.5")
+            raise UserError(f"image_first.share is {self.share}", "give a share from 0 to below 1, such as 0.25")
         unused = [field.name for field in fields(self)[1:] if getattr(self, field.name) != field.default]
         if unused and not self.share:
-            raise UserError(f"image_first sets {', '.join(unused)}, and share 0", "set image_first.share, such as 0.5")
+            raise UserError(f"image_first sets {', '.join(unused)}, and share 0", "set image_first.share, such as 0.25")
 
 
 class LitDALLE(lit.Lit):

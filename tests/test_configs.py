@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from dalle.__main__ import main
+from dalle.demo import SHARE, both_orders
 from dalle.train import LitDALLE
 from dalle.train import main as dalle
 from dvae.commands import find_config
@@ -211,3 +212,19 @@ def test_those_of_the_paper_take_a_step_at_a_tenth_of_their_width(name):
     optimizer.step()
     for (name, parameter), old in zip(module.model.named_parameters(), before, strict=True):
         assert torch.isfinite(parameter).all() and not torch.equal(parameter, old), name
+
+
+@pytest.mark.parametrize("recipe", ["demo", "scenes"])
+def test_a_demo_that_reads_both_ways_draws_in_as_many_updates_as_without(recipe):
+    config = yaml.safe_load((CONFIGS / "dalle" / f"{recipe}.yaml").read_text())
+    given = dict(setting.removeprefix("--").split("=") for setting in both_orders(recipe))
+    updates, interval = int(given["trainer.max_steps"]), int(given["trainer.val_check_interval"])
+    plain = config["trainer"]["max_steps"]
+    assert (
+        plain
+        <= updates * (1 - float(given["model.image_first.share"]))
+        < plain + config["trainer"]["val_check_interval"]
+    )
+    assert updates % interval == 0 and float(given["model.image_first.share"]) == SHARE
+    rate = config["model"]["optimiser"]["learning_rate"]
+    assert int(given["model.optimiser.learning_rate.steps"]) + rate["warmup"] == updates

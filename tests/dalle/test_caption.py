@@ -206,7 +206,7 @@ def test_settings_out_of_their_range(model, find, settings, what):
 def test_a_model_of_one_order_and_tokens_that_are_none(model, find):
     with pytest.raises(UserError, match="words before pictures only") as caught:
         find(build(both_orders=False), PICTURES)
-    assert "--model.image_first.share 0.5" in caught.value.hint
+    assert "--model.image_first.share 0.25" in caught.value.hint
     for tokens in (PICTURES[0], PICTURES[:, :1], PICTURES[:0], PICTURES + 1, PICTURES - 1):
         with pytest.raises(UserError, match="token"):
             find(model, tokens)

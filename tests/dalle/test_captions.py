@@ -308,7 +308,7 @@ def test_a_model_of_one_order_scores_and_does_not_caption(dalle, refused, tiny_d
         ("score", tiny_dalle, folder, "a cross", "--by", "caption"),
     ):  # fmt: skip
         what, hint = refused(2, *args)
-        assert "words before pictures only" in what and "--model.image_first.share 0.5" in hint
+        assert "words before pictures only" in what and "--model.image_first.share 0.25" in hint
 
 
 @pytest.mark.parametrize(
