@@ -233,6 +233,11 @@ def fit(drawn: Sequence[Candidates], names: Sequence[str], ridge: float = 0.01) 
         return value
 
     search.step(loss)
-    weights = F.softplus(raw).detach() / unit
-    largest = weights.max()
-    return {name: round(float(w / largest), 4) for name, w in zip(names, weights, strict=True) if w > 0.01 * largest}
+    strengths = F.softplus(raw).detach()  # of scores of one deviation, so that their units do not matter
+    weights = strengths / unit
+    kept = strengths > 0.01 * strengths.max()
+    return {
+        name: float(f"{weight / weights[kept].max():.4g}")
+        for name, weight, keep in zip(names, weights.tolist(), kept.tolist(), strict=True)
+        if keep
+    }

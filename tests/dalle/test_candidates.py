@@ -105,6 +105,13 @@ def test_fitted_weights_are_those_that_decided():
     assert misled.get("c", 0.0) < 0.05 and misled["a"] == 1.0
 
 
+def test_the_unit_of_a_score_does_not_decide_whether_it_counts():
+    drawn = judged(500, {"a": 1.0, "c": 0.2})
+    finer = Candidates(drawn.captions, drawn.images, drawn.exact, drawn.scores | {"a": drawn.scores["a"] / 1000})
+    weights, finely = fit([drawn], ["a", "c"]), fit([finer], ["a", "c"])
+    assert finely["c"] / finely["a"] == pytest.approx(weights["c"] / weights["a"] / 1000, rel=0.01)
+
+
 def test_what_teaches_nothing_leaves_the_default_weights():
     drawn = judged(20, {"a": 1.0})
     for exact in (torch.ones(20, 8).bool(), torch.zeros(20, 8).bool()):
