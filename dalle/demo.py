@@ -3,7 +3,7 @@
 Trains both stages with shipped recipes (configs/dvae/demo.yaml and configs/dalle/demo.yaml, or scenes.yaml of each),
 chooses guidance, temperature and ranker on captions that are never reported, then draws 16 candidates for each of 400
 captions of known compositions and 400 of compositions that neither stage has ever seen. With `captions` the transformer
-reads both ways, for a third more updates, and the weights of its ranker are fitted.
+reads both ways, for more updates, and the weights of its ranker are fitted.
 """
 
 import math
@@ -40,7 +40,9 @@ CHOSEN_ON = 200  # further captions, half of each kind, for guidance, temperatur
 RANKERS = ("likelihood", "pmi", "half-pmi", "contrast")
 OF_CAPTIONS = ("caption", "caption-seen")  # rankers that read the picture first
 FITTED = ("likelihood", "half-pmi", "caption")  # the scores that `combined` weighs then
-SHARE = 0.25  # of the batches that read the picture first then; a third more updates draw as much as without
+# reading both ways: the share of the batches that read the picture first, and how many times as many updates, so that
+# pictures are drawn as well as without and are captioned as well as they can be for that
+BOTH = {"demo": (1 / 3, 2), "scenes": (1 / 4, 4 / 3)}
 TRIED = tuple(Settings(temperature, guidance) for temperature, guidance in product((0.5, 0.7), (1.5, 2.5)))
 TRIED_CANDIDATES = 8  # enough to choose by, at half the cost
 FIRST_REPORTED, FIRST_CHOSEN_ON = 1000, 500  # indices in each split; the first 500 of val validate the trainings
@@ -60,8 +62,8 @@ def demo(
         seed: of the whole demo.
         quick: a minute's run that shows every step but learns little.
         recipe: the shipped configs to train by: those of the demo (32 px, minutes), or of the scenes (64 px, longer).
-        captions: let a quarter of the batches read the picture before its words, and train a third longer: the model
-            captions too, and ranks by it.
+        captions: let a third (scenes: a quarter) of the batches read the picture before its words, and train longer:
+            the model captions too, and ranks by it.
     """
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
@@ -106,13 +108,13 @@ def train(folder: Path, seed: int, quick: bool, recipe: str, captions: bool, clo
 
 
 def both_orders(recipe: str) -> list[str]:
-    """The settings that make a recipe read both ways, for as many updates more as do not draw."""
+    """The settings that make a recipe read both ways."""
     config = yaml.safe_load(find_config(f"dalle/{recipe}").read_text(encoding="utf-8"))
-    rate, trainer = config["model"]["optimiser"]["learning_rate"], config["trainer"]
-    interval = math.ceil(trainer["val_check_interval"] / (1 - SHARE))
+    rate, trainer, (share, longer) = config["model"]["optimiser"]["learning_rate"], config["trainer"], BOTH[recipe]
+    interval = math.ceil(longer * trainer["val_check_interval"])
     updates = trainer["max_steps"] // trainer["val_check_interval"] * interval
     return [
-        f"--model.image_first.share={SHARE}",
+        f"--model.image_first.share={share}",
         f"--model.optimiser.learning_rate.steps={updates - rate['warmup']}",
         f"--trainer.max_steps={updates}",
         f"--trainer.val_check_interval={interval}",

@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from dalle.__main__ import main
-from dalle.demo import SHARE, both_orders
+from dalle.demo import both_orders
 from dalle.train import LitDALLE
 from dalle.train import main as dalle
 from dvae.commands import find_config
@@ -215,16 +215,11 @@ def test_those_of_the_paper_take_a_step_at_a_tenth_of_their_width(name):
 
 
 @pytest.mark.parametrize("recipe", ["demo", "scenes"])
-def test_a_demo_that_reads_both_ways_draws_in_as_many_updates_as_without(recipe):
+def test_a_demo_that_reads_both_ways_draws_in_no_fewer_updates_than_without(recipe):
     config = yaml.safe_load((CONFIGS / "dalle" / f"{recipe}.yaml").read_text())
     given = dict(setting.removeprefix("--").split("=") for setting in both_orders(recipe))
     updates, interval = int(given["trainer.max_steps"]), int(given["trainer.val_check_interval"])
-    plain = config["trainer"]["max_steps"]
-    assert (
-        plain
-        <= updates * (1 - float(given["model.image_first.share"]))
-        < plain + config["trainer"]["val_check_interval"]
-    )
-    assert updates % interval == 0 and float(given["model.image_first.share"]) == SHARE
+    assert updates * (1 - float(given["model.image_first.share"])) >= config["trainer"]["max_steps"]
+    assert updates % interval == 0
     rate = config["model"]["optimiser"]["learning_rate"]
     assert int(given["model.optimiser.learning_rate.steps"]) + rate["warmup"] == updates
