@@ -43,7 +43,7 @@ FITTED = ("likelihood", "half-pmi", "caption")  # the scores that `combined` wei
 # reading both ways: the share of the batches that read the picture first, and how many times as many updates, so that
 # pictures are drawn as well as without and are captioned as well as they can be for that
 BOTH = {"demo": (1 / 3, 2), "scenes": (1 / 4, 4 / 3)}
-TRIED = tuple(Settings(temperature, guidance) for temperature, guidance in product((0.5, 0.7), (1.5, 2.5)))
+TRIED = (Settings(), *(Settings(temperature, guidance) for temperature, guidance in product((0.5, 0.7), (1.5, 2.5))))
 TRIED_CANDIDATES = 8  # enough to choose by, at half the cost
 FIRST_REPORTED, FIRST_CHOSEN_ON = 1000, 500  # indices in each split; the first 500 of val validate the trainings
 
@@ -139,22 +139,24 @@ def measure(folder: Path, seed: int, quick: bool, clock: dict[str, float]) -> di
         unknown = reconstructions(drawer, "heldout", reported)
     names = (*RANKERS, *(OF_CAPTIONS if drawer.model.config.both_orders else ()))
     with timed(clock, "choosing"):
+        parts, each = ("val", "heldout"), chosen_on // 2
+        drawn = {
+            settings: [draw(part, FIRST_CHOSEN_ON, each, TRIED_CANDIDATES, settings, names) for part in parts]
+            for settings in TRIED
+        }
+        weights = {}
+        if drawer.model.config.both_orders:  # the same for all settings, for a user may draw with others
+            weights = fit([candidates for both in drawn.values() for candidates in both], FITTED)
+            drawer, names = with_weights(folder / "dalle" / "model", drawer, weights), (*names, COMBINED)
         options = []
-        for settings in TRIED:
-            both = [
-                draw(s, FIRST_CHOSEN_ON, chosen_on // 2, TRIED_CANDIDATES, settings, names) for s in ("val", "heldout")
-            ]
-            weights = fit(both, FITTED) if drawer.model.config.both_orders else {}
+        for settings, both in drawn.items():
             for candidates in both:
                 if weights:
-                    scores = sum(weight * candidates.scores[name] for name, weight in weights.items())
-                    candidates.scores[COMBINED] = scores
+                    candidates.scores[COMBINED] = sum(w * candidates.scores[name] for name, w in weights.items())
             for ranker in both[0].scores:
                 shares = [candidates.share(ranker).value for candidates in both]
-                options.append((sum(shares), settings, ranker, *shares, weights))
-        _, settings, ranker, *_, weights = max(options, key=lambda option: option[0])
-        if weights:
-            drawer, names = with_weights(folder / "dalle" / "model", drawer, weights), (*names, COMBINED)
+                options.append((sum(shares), settings, ranker, *shares))
+        _, settings, ranker, *_ = max(options, key=lambda option: option[0])
     with timed(clock, "judging"):
         results = {
             "seen": draw("val", FIRST_REPORTED, reported, CANDIDATES, settings, names),
@@ -166,7 +168,7 @@ def measure(folder: Path, seed: int, quick: bool, clock: dict[str, float]) -> di
         "weights": drawer.weights,
         "tried": [
             {**asdict(tried), "ranker": name, "seen": known_share, "held-out": unknown_share}
-            for _, tried, name, known_share, unknown_share, _ in options
+            for _, tried, name, known_share, unknown_share in options
         ],
         "gap closed": {kind: candidates.gap(ranker) for kind, candidates in results.items()},
         "reconstructions": {"seen": known.json(), "held-out": unknown.json()},
