@@ -2,12 +2,13 @@
 
     python tests/benchmarks/ranking_cost.py RUN --guidance 1.5 --captions 20
 
-Each caption's candidates are drawn and scored in one process, every way in turn, after one round to warm up; told are
-medians over captions of the ratio to drawing 16 (or 64) with the same settings. Quality is not measured here, see
-tests/benchmarks/ranking.py.
+Captions are those of scenes, whatever the model was trained on. Each one's candidates are drawn and scored in one
+process, every way in turn, after one round to warm up; told are medians over captions of the ratio to drawing 16 (or
+64) with the same settings. Quality is not measured here, see tests/benchmarks/ranking.py.
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 import dalle
 from dalle import rerank
 from dalle.evaluate import rankers
+from dalle.pipeline import Pipeline
 from dvae import scenes
 
 
@@ -27,9 +29,8 @@ def seconds(work: Callable) -> tuple[float, object]:
 
 
 @torch.inference_mode()
-def costs(run: str, captions: list[str], temperature: float, guidance: float) -> dict[str, float]:
+def costs(drawer: Pipeline, captions: list[str], temperature: float, guidance: float) -> dict[str, float]:
     """Median ratio of each way to drawing as many candidates."""
-    drawer = dalle.load(run)
     settings = {"temperature": temperature, "guidance": guidance}
     ratios: dict[str, list[float]] = {}
     for place, caption in enumerate([captions[0], *captions]):
@@ -59,6 +60,8 @@ if __name__ == "__main__":
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     prompts = [scenes.captions("val", index)[0] for index in range(1000, 1000 + given.captions)]
-    print(f"of drawing as many, guidance {given.guidance}, {given.threads} thread; stages {rerank.stages(64, 16)}")
-    for name, ratio in costs(given.run, prompts, given.temperature, given.guidance).items():
+    drawer = dalle.load(given.run)
+    stages = rerank.stages(64, math.prod(drawer.model.config.grid))
+    print(f"of drawing as many, guidance {given.guidance}, {given.threads} thread; stages {stages}")
+    for name, ratio in costs(drawer, prompts, given.temperature, given.guidance).items():
         print(f"{ratio:7.3f}  {name}")
