@@ -234,10 +234,6 @@ def fit(drawn: Sequence[Candidates], names: Sequence[str], ridge: float = 0.01) 
 
     search.step(loss)
     strengths = F.softplus(raw).detach()  # of scores of one deviation, so that their units do not matter
-    weights = strengths / unit
-    kept = strengths > 0.01 * strengths.max()
-    return {
-        name: float(f"{weight / weights[kept].max():.4g}")
-        for name, weight, keep in zip(names, weights.tolist(), kept.tolist(), strict=True)
-        if keep
-    }
+    kept = (strengths > 0.01 * strengths.max()).nonzero()[:, 0].tolist()
+    weights = (strengths / unit)[kept]
+    return {names[k]: float(f"{w:.4g}") for k, w in zip(kept, (weights / weights.max()).tolist(), strict=True)}

@@ -40,8 +40,7 @@ CHOSEN_ON = 200  # further captions, half of each kind, for guidance, temperatur
 RANKERS = ("likelihood", "pmi", "half-pmi", "contrast")
 OF_CAPTIONS = ("caption", "caption-seen")  # rankers that read the picture first
 FITTED = ("likelihood", "half-pmi", "caption")  # the scores that `combined` weighs then
-# reading both ways: the share of the batches that read the picture first, and how many times as many updates, so that
-# pictures are drawn as well as without and are captioned as well as they can be for that
+# reading both ways: the share of the batches that read the picture first, and how many times as many updates it takes
 BOTH = {"demo": (1 / 3, 2), "scenes": (1 / 4, 4 / 3)}
 TRIED = (Settings(), *(Settings(temperature, guidance) for temperature, guidance in product((0.5, 0.7), (1.5, 2.5))))
 TRIED_CANDIDATES = 8  # enough to choose by, at half the cost
@@ -144,15 +143,14 @@ def measure(folder: Path, seed: int, quick: bool, clock: dict[str, float]) -> di
             settings: [draw(part, FIRST_CHOSEN_ON, each, TRIED_CANDIDATES, settings, names) for part in parts]
             for settings in TRIED
         }
-        weights = {}
-        if drawer.model.config.both_orders:  # the same for all settings, for a user may draw with others
-            weights = fit([candidates for both in drawn.values() for candidates in both], FITTED)
+        if drawer.model.config.both_orders:
+            judged = [candidates for both in drawn.values() for candidates in both]
+            weights = fit(judged, FITTED)  # the same for all settings, for a user may draw with others
+            for candidates in judged:
+                candidates.scores[COMBINED] = sum(w * candidates.scores[name] for name, w in weights.items())
             drawer, names = with_weights(folder / "dalle" / "model", drawer, weights), (*names, COMBINED)
         options = []
         for settings, both in drawn.items():
-            for candidates in both:
-                if weights:
-                    candidates.scores[COMBINED] = sum(w * candidates.scores[name] for name, w in weights.items())
             for ranker in both[0].scores:
                 shares = [candidates.share(ranker).value for candidates in both]
                 options.append((sum(shares), settings, ranker, *shares))

@@ -1,6 +1,6 @@
 """Stage 2 under Lightning: `dalle fit | validate | test`.
 
-dalle fit --config dalle/scenes --data.tokens runs/scenes-tokens --run runs/scenes-dalle
+    dalle fit --config dalle/scenes --data.tokens runs/scenes-tokens --run runs/scenes-dalle
 """
 
 from collections.abc import Sequence
