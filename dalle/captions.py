@@ -158,9 +158,9 @@ def describe(
     tokens = _tokens(drawer, images)
     if method == "beam":
         check_search(settings["width"], count)
-        found = beam(drawer.model, tokens, settings["width"], settings["width"])  # more, for some may spell the same
+        found = beam(drawer.packed, tokens, settings["width"], settings["width"])  # more, for some may spell the same
     else:
-        found = sampled(drawer.model, tokens, count, **settings)
+        found = sampled(drawer.packed, tokens, count, **settings)
     told = []
     for each in found:
         words: dict[str, float] = {}
@@ -195,9 +195,9 @@ def probabilities(
     ids = _encoded(drawer, texts)
     logs = _logs(drawer, ids, _tokens(drawer, images), by)
     if (by, prior) == ("caption", "uniform"):
-        logs = logs - log_priors(drawer.model, ids)
+        logs = logs - log_priors(drawer.packed, ids)
     elif (by, prior) == ("likelihood", "model"):
-        logs = logs + log_priors(drawer.model, ids)
+        logs = logs + log_priors(drawer.packed, ids)
     return logs.softmax(1).tolist()
 
 
@@ -226,7 +226,7 @@ def fits(drawer: Pipeline, images: Tensor, text: str, by: str = "likelihood") ->
 
 def _logs(drawer: Pipeline, ids: Tensor, tokens: Tensor, by: str) -> Tensor:
     """ln p(text | image) or ln p(image | text), (B, P) float64, of texts (P, T) and pictures (B, h, w)."""
-    logs = (text_log_likelihoods if by == "caption" else log_likelihoods)(drawer.model, ids, tokens).T.double()
+    logs = (text_log_likelihoods if by == "caption" else log_likelihoods)(drawer.packed, ids, tokens).T.double()
     if not torch.isfinite(logs).all():
         raise NumericsError(
             "the model's logits are not finite",

@@ -221,7 +221,7 @@ def edited(
 
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance, "passes": passes}
     drawn = edit.draw_canvas(
-        drawer.model, ids, canvas, count, keep, score, null_ids=null, seed=seed, progress=progress, **settings
+        drawer.packed, ids, canvas, count, keep, score, null_ids=null, seed=seed, progress=progress, **settings
     )
     order = drawn.order[: keep if canvas.redrawn.any() else 1]  # where nothing is redrawn all are the same
     pictures = [

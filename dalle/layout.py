@@ -14,6 +14,7 @@ text ids are seen by the image. The last state of the first part has nothing lef
 separate vocabularies. This file does not know what a token is, nor what attention does with it.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,13 +87,21 @@ class Layout:
             return sorted(offset for offset in square if 0 <= offset < states)
         return {"full": range(states), "row": range(min(width + 1, states)), "column": range(0, states, width)}[kind]
 
+    def window(self, state: int, kind: str) -> Tensor:
+        """int64 indices, ascending, of the image states that an image state reads in a layer of this kind, itself
+        among them."""
+        offsets = self._offsets[kind]
+        return state - offsets[offsets <= state - self.image.start].flip(0)
+
+    @functools.cached_property
+    def _offsets(self) -> dict[str, Tensor]:
+        return {kind: torch.tensor(self.offsets(kind)) for kind in KINDS}
+
     def keys(self, state: int, kind: str = "full") -> Tensor:
         """int64 indices, ascending, of the states that `state` reads in a layer of this kind, itself among them."""
         if not self.image.start <= state < self.image.stop:
             return torch.arange(state + 1)
-        index = state - self.image.start
-        own = [state - offset for offset in reversed(self.offsets(kind)) if offset <= index]
-        return torch.cat([torch.arange(self.image.start), torch.tensor(own)])
+        return torch.cat([torch.arange(self.image.start), self.window(state, kind)])
 
     def mask(self, kind: str = "full") -> Tensor:
         """bool (states, states): True where the row's state reads the column's; `keys` as one dense table."""

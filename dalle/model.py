@@ -113,32 +113,65 @@ class KVCache:
     """Keys and values of the states read so far, in room for all; made by `DALLE.prefill` or `prefill_image`, grown by
     `step` or `step_text`.
 
+    A block that reads a pattern keeps room behind the `first` states, of which its steps read all: there stand copies
+    of the few others that one step reads, so that together they are one piece and the first are never copied.
+
+    Args:
+        rooms: for each block, the slots between the first states and those after them.
+        first: states before these rooms.
+        states: of a whole sequence.
+
     Attributes:
-        keys, values: (depth, B, H, S, D), of which the first `length` states are filled.
+        keys, values: (depth, B, H, slots, D), made when the first states are stored, in their dtype.
         length: states read so far.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, length: int = 0):
-        self.keys, self.values, self.length = keys, values, length
+    def __init__(self, rooms: Sequence[int], first: int, states: int):
+        self.rooms, self.first, self.states, self.length = rooms, first, states, 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
 
-    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, H, n, D) of the next n states; return (B, H, length + n, D) of all read up to them."""
-        end = self.length + k.shape[2]
+    def put(self, layer: int, k: Tensor, v: Tensor, window: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H, n, D) of the next n states; return (B, H, read, D) of all up to them, or, with a `window`
+        of states after the first, int64 (m,), of the first and of these."""
+        if self.keys is None:
+            rows, heads, _, head = k.shape
+            size = len(self.rooms), rows, heads, self.states + max(self.rooms), head
+            self.keys, self.values = k.new_empty(size), v.new_empty(size)
+        room = self.rooms[layer]
+        start = self.length + (room if self.length >= self.first else 0)
+        end = start + k.shape[2]
         keys, values = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-        keys[:, :, self.length :] = k
-        values[:, :, self.length :] = v
+        keys[:, :, start:] = k
+        values[:, :, start:] = v
+        if window is not None:
+            end = self.first + len(window)
+            for stored in (keys, values):
+                stored[:, :, self.first : end] = stored.index_select(2, window + room)
+            return keys[:, :, :end], values[:, :, :end]
+        if room and end > self.first:
+            parts = [self.first, room, end - self.first - room]
+            return tuple(torch.cat(stored.split(parts, 2)[::2], 2) for stored in (keys, values))
         return keys, values
 
-    def select(self, rows: Tensor | Sequence[int]) -> "KVCache":
-        """A cache of its own that holds the given rows, in that order; a row may be given several times."""
+    def select(self, rows: Tensor | Sequence[int], into: "KVCache | None" = None) -> "KVCache":
+        """A cache of its own that holds the given rows, in that order; a row may be given several times.
+
+        Its memory is that of `into`, a cache of at least as many rows that is not needed any more, if one is given.
+        """
         rows = torch.as_tensor(rows, device=self.keys.device)
-        filled = slice(0, self.length)
-        copies = []
-        for old in (self.keys, self.values):
-            new = old.new_empty(old.shape[0], len(rows), *old.shape[2:])
-            new[:, :, :, filled] = old[:, :, :, filled].index_select(1, rows)
-            copies.append(new)
-        return KVCache(*copies, self.length)
+        chosen = KVCache(self.rooms, self.first, self.states)
+        chosen.length = self.length
+        filled = self.length + (max(self.rooms) if self.length > self.first else 0)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            if into is None:
+                new = old.new_empty(old.shape[0], len(rows), *old.shape[2:])
+            else:
+                new = getattr(into, name)[:, : len(rows)]
+            new[:, :, :, :filled] = old[:, :, :, :filled].index_select(1, rows)
+            setattr(chosen, name, new)
+        return chosen
 
     def expand(self, n: int) -> "KVCache":
         """A cache of its own with each row n times in a row."""
@@ -163,13 +196,12 @@ class Attention(nn.Module):
         self, x: Tensor, layer: int = 0, cache: KVCache | None = None, reads: Tensor | None = None
     ) -> Tensor:  # (B, n, E) -> (B, n, E)
         """Attend from the n states x, which come after those in `cache`, to the states that `reads` says: a mask, bool
-        (n, states), or for a single state their indices, int64. Without it: causal if nothing was read before, and a
-        single state reads everything."""
+        (n, states), or for a single state the indices, int64, of those that it reads beside the cache's first. Without
+        it: causal if nothing was read before, and a single state reads everything."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, n, D)
         if cache is not None:
-            k, v = cache.put(layer, k, v)
-        if reads is not None and reads.dtype == torch.int64:
-            k, v, reads = k.index_select(2, reads), v.index_select(2, reads), None
+            window, reads = (reads, None) if reads is not None and reads.dtype == torch.int64 else (None, reads)
+            k, v = cache.put(layer, k, v, window)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=reads, is_causal=reads is None and q.shape[2] > 1)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -239,6 +271,8 @@ class DALLE(nn.Module):
         self.text_head = nn.Linear(config.width, vocab_text, bias=False)
         self.image_head = nn.Linear(config.width, config.vocab_image, bias=False)
         self._patterns = sorted(set(config.kinds) - {"full"})  # that have to be told what to read
+        most = max((len(self.layout.offsets(kind)) for kind in self._patterns), default=0)
+        self._rooms = [0 if kind == "full" else most for kind in config.kinds]  # of a cache, text first
         for kind in self._patterns:
             self.register_buffer(f"{kind}_mask", self.layout.mask(kind), persistent=False)
             if config.both_orders:
@@ -327,7 +361,7 @@ class DALLE(nn.Module):
     @torch.no_grad()
     def prefill(self, text_ids: Tensor) -> KVCache:
         """Read text_ids (B, T) whole; the cache that comes back is ready for cell 0."""
-        cache = self._cache(len(text_ids))
+        cache = KVCache(self._rooms, self.layout.image.start, self.layout.states)
         self._read(self._embed_text(text_ids), cache, {})
         return cache
 
@@ -342,8 +376,8 @@ class DALLE(nn.Module):
         row, column = divmod(cell, self.config.grid[1])
         held = self.start[1].expand(cache.keys.shape[1], -1) if tokens is None else self.image_embedding(tokens)
         x = held + (self.row_position.weight[row] + self.column_position.weight[column])
-        keys = {kind: self.layout.keys(cache.length, kind).to(x.device) for kind in self._patterns}
-        return self._logits(self._read(x[:, None], cache, keys), self.image_head)[:, 0]
+        window = {kind: self.layout.window(cache.length, kind).to(x.device) for kind in self._patterns}
+        return self._logits(self._read(x[:, None], cache, window), self.image_head)[:, 0]
 
     @torch.no_grad()
     def score(self, image_tokens: Tensor, cache: KVCache) -> Tensor:
@@ -367,7 +401,8 @@ class DALLE(nn.Module):
     def prefill_image(self, image_tokens: Tensor) -> KVCache:
         """Read pictures (B, h, w) whole, first in their sequences; the cache that comes back is ready for text id 0."""
         self._check_order(image_first=True)
-        cache, x = self._cache(len(image_tokens)), self._embed_image(image_tokens, whole=True)
+        cache = KVCache([0] * self.config.depth, self.layout.cells + 1, self.layout.states)
+        x = self._embed_image(image_tokens, whole=True)
         masks = {kind: mask[: x.shape[1], : x.shape[1]] for kind, mask in self._masks(image_first=True).items()}
         self._read(x, cache, masks)
         return cache
@@ -410,12 +445,6 @@ class DALLE(nn.Module):
         """What each kind of block has to be told to read, bool (S, S); nothing for full attention, which is causal."""
         order = "image_first_" if image_first else ""
         return {kind: self.get_buffer(f"{kind}_{order}mask") for kind in self._patterns}
-
-    def _cache(self, rows: int) -> KVCache:
-        config, device = self.config, self.start.device.type
-        size = (config.depth, rows, config.heads, self.layout.states, config.width // config.heads)
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.start.dtype
-        return KVCache(self.start.new_empty(size, dtype=dtype), self.start.new_empty(size, dtype=dtype))
 
     def _embed_text(self, text_ids: Tensor, whole: bool = True) -> Tensor:
         """(B, T) -> (B, T + 1, E), start-of-text before the ids; not `whole`, (B, T, E) without the last id."""

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.model import DALLE, DALLEConfig
+from dalle.packing import check_precision, packed
 from dalle.rerank import COMBINED, NAMES, SEEN, WEIGHTS, Evidence, Scorer, distinct_first, partly, rank, scorer, stages
 from dalle.sampling import Blend, Sampled, sample, sample_pruned
 from dalle.text import Text
@@ -61,6 +62,7 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
         source: where it was loaded from.
         knows_null: whether it was trained with dropped captions, so that guidance, pmi and half-pmi mean something.
         weights: of the scores in `combined`, fitted for this model; None for those of `dalle.rerank.WEIGHTS`.
+        precision: that it draws and scores in, see `dalle.packing`.
     """
 
     def __init__(
@@ -72,11 +74,21 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
         source: Path,
         knows_null: bool = True,
         weights: Mapping[str, float] | None = None,
+        precision: str = "float32",
     ):
-        self.model, self.text, self.tokenizer = model, text, tokenizer
+        self.model, self.text, self.tokenizer, self.precision = model, text, tokenizer, check_precision(precision)
         self.captions, self.source, self.knows_null = list(captions), source, knows_null
         self.fitted = None if weights is None else dict(weights)
         self.captions_ids = text.encode(self.captions)
+        self._packed: tuple[list[tuple[int, int]], DALLE] | None = None
+
+    @property
+    def packed(self) -> DALLE:
+        """The model as it draws and scores; made when it is first asked for, and again when weights have changed."""
+        weights = [(weight.data_ptr(), weight._version) for weight in self.model.parameters()]
+        if self._packed is None or self._packed[0] != weights:
+            self._packed = weights, packed(self.model, self.precision)
+        return self._packed[1]
 
     @property
     def ranker(self) -> str:
@@ -100,7 +112,7 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
     def evidence(self, text_ids: Tensor, sampled: Sampled) -> Evidence:
         """What the model says about the candidates of one caption (1, T): every score, each part computed once."""
         known = self.captions_ids, self.text.null(), self.repaint, self.weights
-        return Evidence(self.model, text_ids, sampled, *known)
+        return Evidence(self.packed, text_ids, sampled, *known)
 
     def repaint(self, tokens: Tensor) -> Tensor:
         """Paint tokens (N, h, w), and read the pictures again, as a viewer would see them."""
@@ -109,7 +121,7 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
     def sample(self, captions: Sequence[str], count: int, seeds: int | Sequence[int] = 0, **settings: Any) -> Sampled:
         """`count` candidates for each caption, unranked; see `dalle.sampling.sample` for the settings."""
         ids = self.text.encode(captions)
-        return sample(self.model, ids, count, null_ids=self.text.null(), seeds=seeds, **settings)
+        return sample(self.packed, ids, count, null_ids=self.text.null(), seeds=seeds, **settings)
 
     @torch.inference_mode()
     def __call__(
@@ -155,11 +167,11 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
             null_ids = self.text.null()
             hope = partly(null_ids if self.knows_null else None)
             settings |= {"null_ids": null_ids, "seed": seed, "progress": progress}
-            sampled, numbers = sample_pruned(self.model, ids, count, halts, hope, **settings)
+            sampled, numbers = sample_pruned(self.packed, ids, count, halts, hope, **settings)
         else:
             other = None if blend is None else Blend(self.text.encode(blend[0]), blend[1])
             sampled = self.sample([caption], count, seed, blend=other, exact=exact, progress=progress, **settings)
-        scores = score(self.model, ids, sampled)
+        scores = score(self.packed, ids, sampled)
         order = distinct_first(rank(scores), sampled.tokens)[:keep]
         return self._painted(sampled, order, caption, seed, numbers, scores)
 
@@ -269,12 +281,15 @@ def load_model(run: str | Path) -> tuple[DALLE, artefact.Artefact]:
     return model.eval().requires_grad_(False), found
 
 
-def load(run: str | Path) -> Pipeline:
+def load(run: str | Path, precision: str = "float32") -> Pipeline:
     """The pipeline of a run folder or an artefact folder. No code of the artefact runs, and no pickle is read.
 
+    Args:
+        precision: that it draws and scores in: float32, or bfloat16, which is faster (`dalle.packing`).
     Raises:
         ArtefactError: it is missing, damaged, of another kind, or its two stages do not belong together.
     """
+    check_precision(precision)
     model, found = load_model(run)
     c = model.config
     for role in ("text", "captions"):
@@ -303,7 +318,8 @@ def load(run: str | Path) -> Pipeline:
     if not (isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)):
         raise ArtefactError(f"the captions of {run} are not a list of texts", "save it again")
     knows_null = found.about.get("caption_dropout") != 0
-    return Pipeline(model, text, tokenizer, captions, artefact.find(run, KIND), knows_null, _weights(found, run))
+    weights = _weights(found, run)
+    return Pipeline(model, text, tokenizer, captions, artefact.find(run, KIND), knows_null, weights, precision)
 
 
 def _weights(found: artefact.Artefact, run: str | Path) -> dict[str, float] | None:

@@ -51,10 +51,11 @@ def filter_logits(
         top_k: keep the k most likely codes, and any that ties with the k-th.
         top_p: then keep the smallest set of most likely codes whose probabilities sum to top_p or more.
     """
+    if top_k is not None:  # before the doubles, for half the bytes are searched in half the time
+        least = logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
+        logits = logits.masked_fill(logits < least, -math.inf)
     logits = logits.double()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0: no temperature can overflow it
-    if top_k is not None:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
     if top_p is not None:
         ranked, order = logits.sort(dim=-1, descending=True, stable=True)
         p = ranked.softmax(-1)
@@ -130,6 +131,7 @@ def sample(
     computed, cells = math.ceil(count / at_once) * at_once if exact else count, math.prod(model.config.grid)
     drawn = []
     with torch.inference_mode(), _one_thread() if exact else contextlib.nullcontext():
+        cache = None  # the first is the largest, and all others stand where it stood
         for first in range(0, prompts, together):
             ids = text_ids[first : first + together]
             # each prompt is read once, here, and its pictures start from copies; the texts beside it come last
@@ -141,7 +143,9 @@ def sample(
                 rows += [len(ids) + text for text in range(len(beside)) for _ in chunk]
                 uniforms = torch.stack([_uniforms(seeds[prompt], k, cells) for prompt, k in chunk])
                 given = None if known is None else known.flatten(1)[[prompt for prompt, _ in chunk]]
-                drawing = Drawing(model, prefix.select(rows), weights, guidance != 1, uniforms, choose, chunk, given)
+                own = prefix.select(rows, cache)
+                cache = cache or own
+                drawing = Drawing(model, own, weights, guidance != 1, uniforms, choose, chunk, given)
                 wanted = sum(k < count for _, k in chunk)
                 for _ in range(cells):
                     drawing.step()
@@ -253,9 +257,8 @@ class Drawing:
         mixed = logits[0]
         if len(logits) > 1:
             mixed = sum(weight * stream.double() for weight, stream in zip(self.weights, logits, strict=True))
-        finite = torch.isfinite(mixed).all(1)
-        if not finite.all():
-            prompt, k = self.names[finite.tolist().index(False)]
+        if not torch.isfinite(mixed.sum(dtype=torch.float64)):  # of all at once; the picture is looked for only then
+            prompt, k = self.names[torch.isfinite(mixed).all(1).tolist().index(False)]
             raise NumericsError(
                 f"the model's logits are not finite at cell {cell} of picture {k} of prompt {prompt}",
                 "the weights are damaged or diverged in training: use an earlier checkpoint, or float32",

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.model import DALLE, DALLEConfig, losses
+from dalle.packing import packed
 from dalle.sampling import sample
 from dvae.errors import EnvironmentProblem
 
@@ -94,22 +95,31 @@ class Contestant(Protocol):
         """Image tokens (B, N), one picture for each of texts (B, T), at temperature 1 from the TOP_K likeliest."""
 
     def loss(self, text: Tensor, image: Tensor) -> Tensor:
-        """The training loss of texts (B, T) and images (B, N), a scalar."""
+        """The training loss of texts (B, T) and images (B, N), a scalar; None instead of a method: it only draws."""
 
 
 class Ours:
-    """This project's model and its default sampler."""
+    """This project's model and its default sampler, as `dalle.load` puts them together."""
+
+    precision = "float32"
 
     def __init__(self, shape: Shape):
         self.model = DALLE(shape.config())
+        self.packed = packed(self.model, self.precision)
 
     def draw(self, text: Tensor) -> Tensor:
-        return sample(self.model, text, 1, null_ids=text[:1], top_k=TOP_K).tokens.flatten(1)
+        return sample(self.packed, text, 1, null_ids=text[:1], top_k=TOP_K).tokens.flatten(1)
 
     def loss(self, text: Tensor, image: Tensor) -> Tensor:
         kept, image = torch.ones(len(text), dtype=torch.bool), image.unflatten(1, self.model.config.grid)
         found = losses(self.model(text, image), text, image, kept)
         return found.text / 8 + 7 / 8 * found.image
+
+
+class OursNarrow(Ours):
+    """The same with reduced-precision weights, for drawing."""
+
+    precision, loss = "bfloat16", None
 
 
 def started(text: Tensor) -> Tensor:
@@ -207,7 +217,7 @@ class Plain:
         return F.cross_entropy(self.model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
 
-CONTESTANTS: dict[str, type[Contestant]] = {"ours": Ours, "gpt-2": GPT2, "plain": Plain}
+CONTESTANTS: dict[str, type[Contestant]] = {"ours": Ours, "ours, bfloat16": OursNarrow, "gpt-2": GPT2, "plain": Plain}
 
 # ---------------------------------------------------------------------------------------------------------- the bounds
 

@@ -163,12 +163,17 @@ def trainer(contestant: Contestant, shape: Shape, precisions: Sequence[str]) -> 
     return {precision: partial(update, loss, optimiser, precision) for precision in precisions}
 
 
+def trained(names: Iterable[str]) -> list[str]:
+    """The contestants that do not only draw."""
+    return [name for name in names if CONTESTANTS[name].loss is not None]
+
+
 def training(given: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds of an update with AdamW; bfloat16 is autocast."""
     rows = []
     for name in given.shapes:
         shape, works = SHAPES[name], {}
-        for peer in given.contestants:
+        for peer in trained(given.contestants):
             steps = trainer(CONTESTANTS[peer](shape), shape, PRECISIONS)
             works |= {f"{peer} {precision}": step for precision, step in steps.items()}
         times = timed(works, given.repetitions)
@@ -278,7 +283,8 @@ def memory(given: argparse.Namespace) -> list[dict[str, Any]]:
     """Peak memory of drawing a batch and of training in float32, imports and weights included."""
     rows = []
     for name, peer in itertools.product(given.shapes, given.contestants):
-        for work, batch in (("drawing", BATCH), ("training", SHAPES[name].training)):
+        works = {"drawing": BATCH, **({"training": SHAPES[name].training} if trained([peer]) else {})}
+        for work, batch in works.items():
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 found = process.submit(peak, SHAPES[name], peer, work, torch.get_num_threads()).result()
             rows.append({"shape": name, "contestant": peer, "work": work, "batch": batch, **found})

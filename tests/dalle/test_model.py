@@ -131,6 +131,39 @@ def test_prefill_is_shared_by_copies():
     torch.testing.assert_close(logits, model(text[:2], image[:2]).image[[1, 0], 2], atol=1e-12, rtol=0)
 
 
+def test_a_step_reads_the_keys_of_its_pattern_and_no_others(monkeypatch):
+    """And the text's where they stand: what is handed to the attention begins with them, in the cache's memory."""
+    model, read = random_model(torch.float32, grid=(6, 13), depth=4, patterns=KINDS), []
+    cache, attention = model.prefill(batch(2)[0]), nn.functional.scaled_dot_product_attention
+    start = cache.keys.data_ptr()
+
+    def spy(q, k, v, **settings):
+        layer = len(read) % len(KINDS)
+        assert k.data_ptr() == cache.keys[layer].data_ptr() and v.data_ptr() == cache.values[layer].data_ptr()
+        read.append(k.shape[2])
+        return attention(q, k, v, **settings)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+    for cell in range(model.layout.cells):
+        model.step(torch.tensor([1, 2]) if cell else None, cell, cache)
+    states = range(model.layout.image.start, model.layout.states)
+    assert read == [len(model.layout.keys(state, kind)) for state in states for kind in KINDS]
+    assert cache.keys.data_ptr() == start
+
+
+def test_a_cache_that_is_done_gives_its_memory_to_the_next():
+    model, (text, image) = random_model(), batch(4)
+    prefix = model.prefill(text)
+    first = prefix.expand(2)
+    model.step(None, 0, first)
+    second = prefix.select([3, 1], into=first)
+    assert second.keys.data_ptr() == first.keys.data_ptr() and second.values.data_ptr() == first.values.data_ptr()
+    assert second.length == prefix.length and second.keys.shape[1] == 2
+    torch.testing.assert_close(
+        model.score(image[:2], second), model(text[[3, 1]], image[:2]).image, atol=1e-12, rtol=0
+    )
+
+
 def test_truncate_forgets():
     model, (text, image) = random_model(), batch(2)
     tokens, cache = image.flatten(1), model.prefill(text)

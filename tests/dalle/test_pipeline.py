@@ -51,6 +51,24 @@ def test_pictures_are_what_they_say(pipeline):
     assert len({tuple(picture.tokens.flatten().tolist()) for picture in pictures}) == 4
 
 
+def test_a_changed_weight_is_drawn_with(tiny_dalle):
+    pipeline = load(tiny_dalle)
+    before, packed = pipeline(CAPTION, count=4), pipeline.packed
+    assert pipeline.packed is packed
+    with torch.no_grad():
+        pipeline.model.blocks[0].mlp.out.weight.normal_()
+    after = pipeline(CAPTION, count=4)
+    assert pipeline.packed is not packed and [p.score for p in after] != [p.score for p in before]
+
+
+def test_bfloat16_is_asked_for_when_loading(tiny_dalle):
+    narrow = load(tiny_dalle, precision="bfloat16")
+    assert narrow.packed.blocks[0].mlp.out.weight.dtype == torch.bfloat16
+    assert len(narrow(CAPTION, count=4)) == 4
+    with pytest.raises(UserError, match="half"):
+        load(tiny_dalle, precision="half")
+
+
 @pytest.mark.parametrize("name", ["likelihood", "pmi", "half-pmi", "contrast", "none"])
 def test_the_best_are_kept_best_first(pipeline, name):
     everything = pipeline(CAPTION, count=8, keep=8, rerank=name)

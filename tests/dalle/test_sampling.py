@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle.model import DALLE, DALLEConfig
+from dalle.model import DALLE, DALLEConfig, KVCache
 from dalle.sampling import Blend, draw, filter_logits, sample, sample_pruned
 from dvae.errors import NumericsError, UserError
 from dvae.seeds import generator
@@ -39,7 +39,7 @@ class Known:
         def __init__(self, prompts):
             self.prompts = prompts
 
-        def select(self, rows):
+        def select(self, rows, into=None):
             return Known.Cache(self.prompts[rows])
 
     def prefill(self, text_ids):
@@ -384,6 +384,21 @@ def test_a_prompt_is_read_once(model, monkeypatch):
     read.clear()
     sample(model, torch.cat([A, B, C]), 7, null_ids=NULL, batch=2)
     assert read == [2, 1]
+
+
+def test_batches_after_the_first_take_its_memory(model, monkeypatch):
+    at, select = [], KVCache.select
+    expected = sample(model, torch.cat([A, B]), 7, null_ids=NULL, guidance=2.0)
+
+    def spy(self, rows, into=None):
+        chosen = select(self, rows, into)
+        at.append((chosen.keys.data_ptr(), len(rows)))
+        return chosen
+
+    monkeypatch.setattr(KVCache, "select", spy)
+    sampled = sample(model, torch.cat([A, B]), 7, null_ids=NULL, guidance=2.0, batch=4)
+    assert [rows for _, rows in at] == [8, 8, 8, 4] and len({memory for memory, _ in at}) == 1
+    assert torch.equal(sampled.tokens, expected.tokens)
 
 
 @pytest.mark.parametrize("settings", [dict(batch=4), dict(batch=100), dict(exact=True)])
