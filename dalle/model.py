@@ -11,8 +11,9 @@ E width, H heads, D = E / H.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -113,30 +114,43 @@ class KVCache:
     """Keys and values of the states read so far, in room for all; made by `DALLE.prefill` or `prefill_image`, grown by
     `step` or `step_text`.
 
-    A block that reads a pattern keeps room behind the `first` states, of which its steps read all: there stand copies
-    of the few others that one step reads, so that together they are one piece and the first are never copied.
+    The `first` states are those of the part that stands first; the second part reads all of them. A block whose image
+    states, standing second, read a pattern keeps room behind the first: there stand copies of the few others that a
+    step reads, so that together they are one piece and the first are never copied.
 
     Args:
-        rooms: for each block, the slots between the first states and those after them.
-        first: states before these rooms.
-        states: of a whole sequence.
+        layout: of the sequence.
+        kinds: of attention, one for each block.
 
     Attributes:
         keys, values: (depth, B, H, slots, D), made when the first states are stored, in their dtype.
         length: states read so far.
+        rooms: for each block, the slots between the first states and those after them.
     """
 
-    def __init__(self, rooms: Sequence[int], first: int, states: int):
-        self.rooms, self.first, self.states, self.length = rooms, first, states, 0
+    def __init__(self, layout: Layout, kinds: Sequence[str]):
+        self.layout, self.kinds, self.length = layout, kinds, 0
+        self.first = (layout.text if layout.image_first else layout.image).start
+        windows = {kind: len(layout.offsets(kind)) for kind in set(kinds) - {"full"} if not layout.image_first}
+        self.rooms = [windows.get(kind, 0) for kind in kinds]
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+
+    def reads(self) -> dict[str, Tensor]:
+        """For each kind of attention but the full, the states (n,) of the image that its next one reads, itself too."""
+        device = self.keys.device
+        return {kind: self.layout.window(self.length, kind).to(device) for kind in set(self.kinds) - {"full"}}
+
+    def store(self, layer: int) -> "Store":
+        """Where one block puts what it has computed, and finds what was there."""
+        return partial(self.put, layer)
 
     def put(self, layer: int, k: Tensor, v: Tensor, window: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Store k, v (B, H, n, D) of the next n states; return (B, H, read, D) of all up to them, or, with a `window`
         of states after the first, int64 (m,), of the first and of these."""
         if self.keys is None:
             rows, heads, _, head = k.shape
-            size = len(self.rooms), rows, heads, self.states + max(self.rooms), head
+            size = len(self.kinds), rows, heads, self.layout.states + max(self.rooms), head
             self.keys, self.values = k.new_empty(size), v.new_empty(size)
         room = self.rooms[layer]
         start = self.length + (room if self.length >= self.first else 0)
@@ -160,7 +174,7 @@ class KVCache:
         Its memory is that of `into`, a cache of at least as many rows that is not needed any more, if one is given.
         """
         rows = torch.as_tensor(rows, device=self.keys.device)
-        chosen = KVCache(self.rooms, self.first, self.states)
+        chosen = KVCache(self.layout, self.kinds)
         chosen.length = self.length
         filled = self.length + (max(self.rooms) if self.length > self.first else 0)
         for name in ("keys", "values"):
@@ -183,6 +197,12 @@ class KVCache:
         self.length = state
 
 
+# of one block: stores k, v of the next states and gives those that they read, see `KVCache.put`
+Store = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+# a mask or indices, see `Attention.forward`, or attention itself: q, k, v (B, H, n, D) -> (B, H, n, D)
+Reads = Tensor | Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 class Attention(nn.Module):
     """Multi-head attention with one softmax over text and image keys together (the paper's footnote 7)."""
 
@@ -193,16 +213,22 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, layer: int = 0, cache: KVCache | None = None, reads: Tensor | None = None
+        self, x: Tensor, store: Store | None = None, reads: Reads | None = None
     ) -> Tensor:  # (B, n, E) -> (B, n, E)
-        """Attend from the n states x, which come after those in `cache`, to the states that `reads` says: a mask, bool
-        (n, states), or for a single state the indices, int64, of those that it reads beside the cache's first. Without
-        it: causal if nothing was read before, and a single state reads everything."""
+        """Attend from the n states x to them and to those in `store`, if there is one, which come before them.
+
+        `reads` says to which: a mask, bool (n, states); for a single state the indices, int64, of those that it reads
+        beside the store's first; or what attends in place of a mask. Without it: causal if nothing was read before, and
+        a single state reads everything.
+        """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, n, D)
-        if cache is not None:
-            window, reads = (reads, None) if reads is not None and reads.dtype == torch.int64 else (None, reads)
-            k, v = cache.put(layer, k, v, window)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=reads, is_causal=reads is None and q.shape[2] > 1)
+        if store is not None:
+            window, reads = (reads, None) if isinstance(reads, Tensor) and reads.dtype == torch.int64 else (None, reads)
+            k, v = store(k, v, window)
+        if reads is None or isinstance(reads, Tensor):
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=reads, is_causal=reads is None and q.shape[2] > 1)
+        else:
+            y = reads(q, k, v)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -233,12 +259,11 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        layer: int,
-        cache: KVCache | None = None,
-        reads: Tensor | None = None,
+        store: Store | None = None,
+        reads: Reads | None = None,
         scales: Sequence[float | None] = (None, None),
     ) -> Tensor:
-        x = x + scaled(lambda x: self.attention(self.attention_norm(x), layer, cache, reads), x, scales[0])
+        x = x + scaled(lambda x: self.attention(self.attention_norm(x), store, reads), x, scales[0])
         return x + scaled(lambda x: self.mlp(self.mlp_norm(x)), x, scales[1])
 
 
@@ -252,6 +277,9 @@ class DALLE(nn.Module):
     Args:
         checkpointing: keep only what enters each block for the backward pass and compute the rest again there: the same
             numbers for less memory and a third more work. Says nothing about the weights.
+
+    Attributes:
+        sparse: what attends in `forward` in place of the dense masks, by kind and image_first (`dalle.gpu.sparse`).
     """
 
     def __init__(self, config: DALLEConfig, checkpointing: bool = False):
@@ -270,9 +298,8 @@ class DALLE(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.text_head = nn.Linear(config.width, vocab_text, bias=False)
         self.image_head = nn.Linear(config.width, config.vocab_image, bias=False)
+        self.sparse: dict[tuple[str, bool], Reads] = {}
         self._patterns = sorted(set(config.kinds) - {"full"})  # that have to be told what to read
-        most = max((len(self.layout.offsets(kind)) for kind in self._patterns), default=0)
-        self._rooms = [0 if kind == "full" else most for kind in config.kinds]  # of a cache, text first
         for kind in self._patterns:
             self.register_buffer(f"{kind}_mask", self.layout.mask(kind), persistent=False)
             if config.both_orders:
@@ -344,10 +371,11 @@ class DALLE(nn.Module):
         text, image = self._embed_text(text_ids, not image_first), self._embed_image(image_tokens, image_first)
         parts = [image, text] if image_first else [text, image]
         x = torch.cat(parts, dim=1)  # (B, S, E)
-        masks = self._masks(image_first)
+        reads: dict[str, Reads] = self._masks(image_first)
+        reads |= {kind: attend for (kind, order), attend in self.sparse.items() if order == image_first}
         for layer, block in enumerate(self.blocks):
             own = (None, None) if scales is None else scales[2 * layer : 2 * layer + 2]
-            inputs = x, layer, None, masks.get(block.kind), own
+            inputs = x, None, reads.get(block.kind), own
             if self.checkpointing and torch.is_grad_enabled():
                 # a block draws no random numbers, so there is no state of theirs to keep
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -361,23 +389,24 @@ class DALLE(nn.Module):
     @torch.no_grad()
     def prefill(self, text_ids: Tensor) -> KVCache:
         """Read text_ids (B, T) whole; the cache that comes back is ready for cell 0."""
-        cache = KVCache(self._rooms, self.layout.image.start, self.layout.states)
+        cache = KVCache(self.layout, self.config.kinds)
         self._read(self._embed_text(text_ids), cache, {})
         return cache
 
     @torch.no_grad()
-    def step(self, tokens: Tensor | None, cell: int, cache: KVCache) -> Tensor:
+    def step(self, tokens: Tensor | None, cell: int | Tensor, cache: KVCache) -> Tensor:
         """Logits (B, K) of image cell `cell`, 0 <= cell < N; the cache grows by one state.
 
         Args:
             tokens: int64 (B,), what stands in cell - 1; None at cell 0, where start-of-image is read.
+            cell: the cache's next; as int64 (1,) where the cache keeps it on the device, see `dalle.gpu`.
         """
-        assert cache.length == self.layout.image.start + cell and (tokens is None) == (cell == 0)
-        row, column = divmod(cell, self.config.grid[1])
+        if isinstance(cell, int):
+            assert cache.length == self.layout.image.start + cell and (tokens is None) == (cell == 0)
+        row, column = cell // self.config.grid[1], cell % self.config.grid[1]
         held = self.start[1].expand(cache.keys.shape[1], -1) if tokens is None else self.image_embedding(tokens)
         x = held + (self.row_position.weight[row] + self.column_position.weight[column])
-        window = {kind: self.layout.window(cache.length, kind).to(x.device) for kind in self._patterns}
-        return self._logits(self._read(x[:, None], cache, window), self.image_head)[:, 0]
+        return self._logits(self._read(x[:, None], cache, cache.reads()), self.image_head)[:, 0]
 
     @torch.no_grad()
     def score(self, image_tokens: Tensor, cache: KVCache) -> Tensor:
@@ -401,7 +430,7 @@ class DALLE(nn.Module):
     def prefill_image(self, image_tokens: Tensor) -> KVCache:
         """Read pictures (B, h, w) whole, first in their sequences; the cache that comes back is ready for text id 0."""
         self._check_order(image_first=True)
-        cache = KVCache([0] * self.config.depth, self.layout.cells + 1, self.layout.states)
+        cache = KVCache(self.image_first_layout, self.config.kinds)
         x = self._embed_image(image_tokens, whole=True)
         masks = {kind: mask[: x.shape[1], : x.shape[1]] for kind, mask in self._masks(image_first=True).items()}
         self._read(x, cache, masks)
@@ -434,8 +463,8 @@ class DALLE(nn.Module):
     def text_logits(self, text_ids: Tensor) -> Tensor:
         """Logits (B, T, V) of texts (B, T) before any picture, those of `forward` in the first order."""
         x = self._embed_text(text_ids)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, layer)
+        for block in self.blocks:
+            x = block(x)
         return self._logits(x[:, :-1], self.text_head)
 
     def _check_order(self, image_first: bool) -> None:
@@ -463,7 +492,7 @@ class DALLE(nn.Module):
 
     def _read(self, x: Tensor, cache: KVCache, reads: Mapping[str, Tensor]) -> Tensor:  # (B, n, E) -> (B, n, E)
         for layer, block in enumerate(self.blocks):
-            x = block(x, layer, cache, reads.get(block.kind))
+            x = block(x, cache.store(layer), reads.get(block.kind))
         cache.length += x.shape[1]
         return x
 

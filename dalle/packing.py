@@ -39,8 +39,8 @@ class Narrow(nn.Module):
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         super().__init__()
-        self.weight = linear.weight.detach().to(dtype)
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.register_buffer("weight", linear.weight.detach().to(dtype), persistent=False)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(dtype), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
@@ -65,7 +65,7 @@ def packed(model: DALLE, precision: str = "float32") -> DALLE:
     if precision == "float32" and not one_dnn:
         return model
     layer, dtype = Packed if one_dnn else Narrow, getattr(torch, precision)
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    copied = shared(model)
     for block in copied.blocks:
         for owner, names in ((block.attention, ("qkv", "out")), (block.mlp, ("hidden", "out"))):
             for name in names:
@@ -73,6 +73,11 @@ def packed(model: DALLE, precision: str = "float32") -> DALLE:
     if one_dnn:
         copied.image_head = Packed(copied.image_head, torch.float32)
     return copied
+
+
+def shared(model: DALLE) -> DALLE:
+    """Another model of the same tensors."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def check_precision(precision: str) -> str:

@@ -20,6 +20,7 @@ from huggingface_hub import ModelHubMixin
 from PIL import Image
 from torch import Tensor
 
+from dalle.gpu import Replayed
 from dalle.model import DALLE, DALLEConfig
 from dalle.packing import check_precision, packed
 from dalle.rerank import COMBINED, NAMES, SEEN, WEIGHTS, Evidence, Scorer, distinct_first, partly, rank, scorer, stages
@@ -80,14 +81,15 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
         self.captions, self.source, self.knows_null = list(captions), source, knows_null
         self.fitted = None if weights is None else dict(weights)
         self.captions_ids = text.encode(self.captions)
-        self._packed: tuple[list[tuple[int, int]], DALLE] | None = None
+        self._packed: tuple[list[tuple[int, int]], DALLE | Replayed] | None = None
 
     @property
-    def packed(self) -> DALLE:
+    def packed(self) -> DALLE | Replayed:
         """The model as it draws and scores; made when it is first asked for, and again when weights have changed."""
         weights = [(weight.data_ptr(), weight._version) for weight in self.model.parameters()]
         if self._packed is None or self._packed[0] != weights:
-            self._packed = weights, packed(self.model, self.precision)
+            fast = packed(self.model, self.precision)
+            self._packed = weights, Replayed(fast) if self.model.start.is_cuda else fast
         return self._packed[1]
 
     @property

@@ -248,6 +248,7 @@ class Drawing:
         self.choose, self.names, self.known = choose, names, known
         self.tokens: list[Tensor] = []
         self.logprobs: list[tuple[Tensor, ...]] = []  # of each text
+        self.sums: list[Tensor] = []  # of the logits (R,) of cells that were not looked at yet
 
     def step(self) -> None:
         """Draw the next cell of each picture."""
@@ -257,18 +258,27 @@ class Drawing:
         mixed = logits[0]
         if len(logits) > 1:
             mixed = sum(weight * stream.double() for weight, stream in zip(self.weights, logits, strict=True))
-        if not torch.isfinite(mixed.sum(dtype=torch.float64)):  # of all at once; the picture is looked for only then
-            prompt, k = self.names[torch.isfinite(mixed).all(1).tolist().index(False)]
-            raise NumericsError(
-                f"the model's logits are not finite at cell {cell} of picture {k} of prompt {prompt}",
-                "the weights are damaged or diverged in training: use an earlier checkpoint, or float32",
-            )
+        self.sums.append(mixed.sum(1, dtype=torch.float64))
+        if (cell + 1) % self.model.config.grid[1] == 0:  # of a row together, for each look waits for the device
+            self._check_finite(cell + 1)
         token = self.choose(mixed, self.uniforms[:, cell].to(mixed.device))
         if self.known is not None:
             given = self.known[:, cell].to(token)
             token = torch.where(given < 0, token, given)
         self.tokens.append(token)
         self.logprobs.append(tuple(_logprob(stream, token) for stream in logits))
+
+    def _check_finite(self, cell: int) -> None:
+        """Raise NumericsError for the first of the cells before `cell` whose logits are no numbers."""
+        finite = torch.isfinite(torch.stack(self.sums))  # (cells, R)
+        if not finite.all():
+            later, row = (~finite).nonzero()[0].tolist()
+            (prompt, k), at = self.names[row], cell - len(finite) + later
+            raise NumericsError(
+                f"the model's logits are not finite at cell {at} of picture {k} of prompt {prompt}",
+                "the weights are damaged or diverged in training: use an earlier checkpoint, or float32",
+            )
+        self.sums.clear()
 
     def sampled(self) -> Sampled:
         """What was drawn so far: tokens (R, cells), and the columns beside them."""
@@ -284,6 +294,7 @@ class Drawing:
         mixture = self.weights, self.guided
         chosen = Drawing(self.model, cache, *mixture, self.uniforms[rows], self.choose, names, known)
         chosen.tokens = [token[rows] for token in self.tokens]
+        chosen.sums = [sums[rows] for sums in self.sums]
         chosen.logprobs = [tuple(column[rows] for column in columns) for columns in self.logprobs]
         return chosen
 

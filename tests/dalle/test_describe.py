@@ -141,7 +141,7 @@ def test_activations_with_checkpointing(config, precision):
     assert torch.is_grad_enabled() and (two - one) < activations(config, precision, False) / 2
     ends = two - one - config.depth * state
     x = torch.randn(2, model.layout.states, config.width, requires_grad=True)
-    inside = [kept(block, precision, lambda n=n: block(x[:n].clone(), 0)) for n in (1, 2)]
+    inside = [kept(block, precision, lambda n=n: block(x[:n].clone())) for n in (1, 2)]
     again = inside[1] - inside[0] - state
     assert activations(config, precision, True) == config.depth * state + max(ends, again)
     assert (ends > again) == (config.vocab_image == 400) or precision == "bf16-mixed"

@@ -76,7 +76,7 @@ def test_causal_attention_is_the_dense_mask_of_the_layout():
     model = random_model()
     x = torch.randn(2, model.layout.states, 24, dtype=torch.float64)
     for block in model.blocks:
-        torch.testing.assert_close(block(x, 0), block(x, 0, reads=model.layout.mask()), atol=1e-12, rtol=0)
+        torch.testing.assert_close(block(x), block(x, reads=model.layout.mask()), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
