@@ -130,7 +130,7 @@ def check_search(width: int, count: int) -> None:
 def _search(model: DALLE, tokens: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The best captions (B, C, T) found for pictures (B, h, w), best first, and their log-probabilities (B, C)."""
     cache = model.prefill_image(tokens)
-    first = torch.arange(len(tokens), device=cache.keys.device)[:, None]
+    first = torch.arange(len(tokens), device=cache.stored.device)[:, None]
     ids = first.new_empty(len(tokens), 1, 0)
     scores = torch.zeros(ids.shape[:2], dtype=torch.float64, device=first.device)
     parents = first  # rows of the cache, (B, C)

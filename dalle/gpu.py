@@ -21,22 +21,20 @@ PIECE = 256  # states by which the part of the cache that is read grows
 
 
 class Place(NamedTuple):
-    """One block's part of a `Still` cache: keys and values (B, H, slots, D), and the slots, int64 (1,) and (n,), that a
-    step writes and those whose copies it reads, if it reads a pattern."""
+    """One block's part of a `Still` cache: keys and values (2, B, H, slots, D), and the slots, int64 (1,) and (n,),
+    that a step writes and those whose copies it reads, if it reads a pattern."""
 
-    keys: Tensor
-    values: Tensor
+    stored: Tensor
     slot: Tensor
     window: Tensor | None
     first: int
     end: int
 
-    def __call__(self, k: Tensor, v: Tensor, window: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        for stored, new in ((self.keys, k), (self.values, v)):
-            stored.index_copy_(2, self.slot, new)
-            if self.window is not None:
-                stored[:, :, self.first : self.end] = stored.index_select(2, self.window)
-        return self.keys[:, :, : self.end], self.values[:, :, : self.end]
+    def __call__(self, kv: Tensor, window: Tensor | None = None) -> Tensor:
+        self.stored.index_copy_(3, self.slot, kv)
+        if self.window is not None:
+            self.stored[:, :, :, self.first : self.end] = self.stored.index_select(3, self.window)
+        return self.stored[:, :, :, : self.end]
 
 
 class Still(KVCache):
@@ -50,7 +48,7 @@ class Still(KVCache):
 
     def __init__(self, cache: KVCache, cell: Tensor, end: int):
         super().__init__(cache.layout, cache.kinds)
-        self.keys, self.values, self.cell, self.end = cache.keys, cache.values, cell, end
+        self.stored, self.cell, self.end = cache.stored, cell, end
         self.tables = {kind: windows(cache.layout, kind, cell.device) for kind in set(cache.kinds) - {"full"}}
 
     def reads(self) -> dict[str, Tensor]:
@@ -63,7 +61,7 @@ class Still(KVCache):
         kind, room = self.kinds[layer], self.rooms[layer]
         window = self.tables[kind][0][self.cell[0]] + room if room else None
         end = self.first + room if room else self.end
-        return Place(self.keys[layer], self.values[layer], self.first + room + self.cell, window, self.first, end)
+        return Place(self.stored[layer], self.first + room + self.cell, window, self.first, end)
 
 
 @functools.lru_cache(maxsize=8)
@@ -100,7 +98,7 @@ class Replayed:
             logits = self._model.step(tokens, cell, cache)
             clear(cache)
             return logits
-        memory = cache.keys.data_ptr(), cache.values.data_ptr(), len(tokens)
+        memory = cache.stored.data_ptr(), len(tokens)
         if memory != self._memory:
             clear(cache)
             self._memory, self._steps = memory, {}
@@ -128,9 +126,8 @@ class Replayed:
 def clear(cache: KVCache) -> None:
     """Put zeros where nothing stands yet: what a mask hides must still be a number."""
     for layer, room in enumerate(cache.rooms):
-        for stored in (cache.keys[layer], cache.values[layer]):
-            stored[:, :, cache.first : cache.first + room] = 0
-            stored[:, :, cache.length + room :] = 0
+        cache.stored[layer, :, :, :, cache.first : cache.first + room] = 0
+        cache.stored[layer, :, :, :, cache.length + room :] = 0
 
 
 def captured(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

@@ -123,7 +123,7 @@ class KVCache:
         kinds: of attention, one for each block.
 
     Attributes:
-        keys, values: (depth, B, H, slots, D), made when the first states are stored, in their dtype.
+        stored: keys and values (depth, 2, B, H, slots, D), made when the first states are stored, in their dtype.
         length: states read so far.
         rooms: for each block, the slots between the first states and those after them.
     """
@@ -133,63 +133,58 @@ class KVCache:
         self.first = (layout.text if layout.image_first else layout.image).start
         windows = {kind: len(layout.offsets(kind)) for kind in set(kinds) - {"full"} if not layout.image_first}
         self.rooms = [windows.get(kind, 0) for kind in kinds]
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        self.stored: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Sequences read side by side, B."""
+        return self.stored.shape[2]
 
     def reads(self) -> dict[str, Tensor]:
         """For each kind of attention but the full, the states (n,) of the image that its next one reads, itself too."""
-        device = self.keys.device
+        device = self.stored.device
         return {kind: self.layout.window(self.length, kind).to(device) for kind in set(self.kinds) - {"full"}}
 
     def store(self, layer: int) -> "Store":
         """Where one block puts what it has computed, and finds what was there."""
         return partial(self.put, layer)
 
-    def put(self, layer: int, k: Tensor, v: Tensor, window: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, H, n, D) of the next n states; return (B, H, read, D) of all up to them, or, with a `window`
-        of states after the first, int64 (m,), of the first and of these."""
-        if self.keys is None:
-            rows, heads, _, head = k.shape
-            size = len(self.kinds), rows, heads, self.layout.states + max(self.rooms), head
-            self.keys, self.values = k.new_empty(size), v.new_empty(size)
+    def put(self, layer: int, kv: Tensor, window: Tensor | None = None) -> Tensor:
+        """Store keys and values (2, B, H, n, D) of the next n states; return those (2, B, H, read, D) of all up to
+        them, or, with a `window` of states after the first, int64 (m,), of the first and of these."""
+        if self.stored is None:
+            _, rows, heads, _, head = kv.shape
+            self.stored = kv.new_empty(len(self.kinds), 2, rows, heads, self.layout.states + max(self.rooms), head)
         room = self.rooms[layer]
         start = self.length + (room if self.length >= self.first else 0)
-        end = start + k.shape[2]
-        keys, values = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-        keys[:, :, start:] = k
-        values[:, :, start:] = v
+        end = start + kv.shape[3]
+        own = self.stored[layer, :, :, :, :end]
+        own[:, :, :, start:] = kv
         if window is not None:
             end = self.first + len(window)
-            for stored in (keys, values):
-                stored[:, :, self.first : end] = stored.index_select(2, window + room)
-            return keys[:, :, :end], values[:, :, :end]
+            own[:, :, :, self.first : end] = own.index_select(3, window + room)
+            return own[:, :, :, :end]
         if room and end > self.first:
-            parts = [self.first, room, end - self.first - room]
-            return tuple(torch.cat(stored.split(parts, 2)[::2], 2) for stored in (keys, values))
-        return keys, values
+            return torch.cat(own.split([self.first, room, end - self.first - room], 3)[::2], 3)
+        return own
 
     def select(self, rows: Tensor | Sequence[int], into: "KVCache | None" = None) -> "KVCache":
         """A cache of its own that holds the given rows, in that order; a row may be given several times.
 
         Its memory is that of `into`, a cache of at least as many rows that is not needed any more, if one is given.
         """
-        rows = torch.as_tensor(rows, device=self.keys.device)
+        rows, (depth, both, _, *others) = torch.as_tensor(rows, device=self.stored.device), self.stored.shape
         chosen = KVCache(self.layout, self.kinds)
         chosen.length = self.length
-        filled = self.length + (max(self.rooms) if self.length > self.first else 0)
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            if into is None:
-                new = old.new_empty(old.shape[0], len(rows), *old.shape[2:])
-            else:
-                new = getattr(into, name)[:, : len(rows)]
-            new[:, :, :, :filled] = old[:, :, :, :filled].index_select(1, rows)
-            setattr(chosen, name, new)
+        new = self.stored.new_empty(depth, both, len(rows), *others) if into is None else into.stored
+        chosen.stored = new[:, :, : len(rows)]
+        filled = slice(0, self.length + (max(self.rooms) if self.length > self.first else 0))
+        chosen.stored[..., filled, :] = self.stored[..., filled, :].index_select(2, rows)
         return chosen
 
     def expand(self, n: int) -> "KVCache":
         """A cache of its own with each row n times in a row."""
-        return self.select(torch.arange(self.keys.shape[1]).repeat_interleave(n))
+        return self.select(torch.arange(self.rows).repeat_interleave(n))
 
     def truncate(self, state: int) -> None:
         """Forget `state` and all after it."""
@@ -197,8 +192,8 @@ class KVCache:
         self.length = state
 
 
-# of one block: stores k, v of the next states and gives those that they read, see `KVCache.put`
-Store = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+# of one block: stores keys and values of the next states and gives those that they read, see `KVCache.put`
+Store = Callable[[Tensor, Tensor | None], Tensor]
 # a mask or indices, see `Attention.forward`, or attention itself: q, k, v (B, H, n, D) -> (B, H, n, D)
 Reads = Tensor | Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -221,10 +216,12 @@ class Attention(nn.Module):
         beside the store's first; or what attends in place of a mask. Without it: causal if nothing was read before, and
         a single state reads everything.
         """
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, n, D)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, n, D)
+        q, kv = qkv[0], qkv[1:]
         if store is not None:
             window, reads = (reads, None) if isinstance(reads, Tensor) and reads.dtype == torch.int64 else (None, reads)
-            k, v = store(k, v, window)
+            kv = store(kv, window)
+        k, v = kv.unbind(0)
         if reads is None or isinstance(reads, Tensor):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=reads, is_causal=reads is None and q.shape[2] > 1)
         else:
@@ -239,10 +236,11 @@ class MLP(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.hidden = nn.Linear(width, hidden)
+        self.gelu = nn.GELU(approximate="tanh")
         self.out = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, n, E) -> (B, n, E)
-        return self.out(F.gelu(self.hidden(x), approximate="tanh"))
+        return self.out(self.gelu(self.hidden(x)))
 
 
 class Block(nn.Module):
@@ -404,7 +402,7 @@ class DALLE(nn.Module):
         if isinstance(cell, int):
             assert cache.length == self.layout.image.start + cell and (tokens is None) == (cell == 0)
         row, column = cell // self.config.grid[1], cell % self.config.grid[1]
-        held = self.start[1].expand(cache.keys.shape[1], -1) if tokens is None else self.image_embedding(tokens)
+        held = self.start[1].expand(cache.rows, -1) if tokens is None else self.image_embedding(tokens)
         x = held + (self.row_position.weight[row] + self.column_position.weight[column])
         return self._logits(self._read(x[:, None], cache, cache.reads()), self.image_head)[:, 0]
 
@@ -444,7 +442,7 @@ class DALLE(nn.Module):
             ids: int64 (B,), what stands at place - 1; None at place 0, where start-of-text is read.
         """
         assert cache.length == self.image_first_layout.text.start + place and (ids is None) == (place == 0)
-        held = self.start[0].expand(cache.keys.shape[1], -1) if ids is None else self.text_embedding(ids)
+        held = self.start[0].expand(cache.rows, -1) if ids is None else self.text_embedding(ids)
         x = held + self.text_position.weight[place]
         return self._logits(self._read(x[:, None], cache, {}), self.text_head)[:, 0]
 

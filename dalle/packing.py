@@ -21,16 +21,17 @@ class Packed(nn.Module):
     """What a linear layer does, float32 (..., in) -> float32 (..., out), from weights in oneDNN's own order.
 
     With weights in bfloat16 what enters is rounded to it, too; the products are summed in float32, as under autocast,
-    and the sum is rounded once.
+    and the sum is rounded once. With `gelu`, its tanh form is taken of what leaves, without another pass over it.
     """
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, gelu: bool = False):
         super().__init__()
+        self.then = ("gelu", [], "tanh") if gelu else ("none", [], "")
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        product = torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "none", [], "")
+        product = torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, *self.then)
         return product.to(x.dtype)
 
 
@@ -67,9 +68,13 @@ def packed(model: DALLE, precision: str = "float32") -> DALLE:
     layer, dtype = Packed if one_dnn else Narrow, getattr(torch, precision)
     copied = shared(model)
     for block in copied.blocks:
-        for owner, names in ((block.attention, ("qkv", "out")), (block.mlp, ("hidden", "out"))):
-            for name in names:
-                setattr(owner, name, layer(getattr(owner, name), dtype))
+        attention, mlp = block.attention, block.mlp
+        attention.qkv, attention.out = layer(attention.qkv, dtype), layer(attention.out, dtype)
+        mlp.out = layer(mlp.out, dtype)
+        if one_dnn:
+            mlp.hidden, mlp.gelu = Packed(mlp.hidden, dtype, gelu=True), nn.Identity()
+        else:
+            mlp.hidden = Narrow(mlp.hidden, dtype)
     if one_dnn:
         copied.image_head = Packed(copied.image_head, torch.float32)
     return copied

@@ -50,6 +50,7 @@ from torch import Tensor
 
 from dalle.layout import KINDS, Layout
 from dalle.model import DALLE, KVCache
+from dalle.packing import packed
 from dalle.pairs import open_pairs
 from dalle.prepare import prepare
 from dvae import plots
@@ -202,14 +203,13 @@ def keys(given: argparse.Namespace) -> list[dict[str, Any]]:
 def decoding(model: DALLE, batch: int) -> KVCache:
     """A cache for `decode`, filled to its end with whatever."""
     cache = model.prefill(torch.randint(model.config.vocab_text, (batch, model.config.text_length)))
-    cache.keys.normal_()
-    cache.values.normal_()
+    cache.stored.normal_()
     return cache
 
 
 def decode(model: DALLE, cache: KVCache) -> None:
     """STEPS decode steps, at cells evenly spaced over the grid."""
-    tokens, stride = torch.zeros(cache.keys.shape[1], dtype=torch.int64), model.layout.cells // STEPS
+    tokens, stride = torch.zeros(cache.rows, dtype=torch.int64), model.layout.cells // STEPS
     for cell in range(stride // 2, stride * STEPS, stride):
         cache.length = model.layout.image.start + cell
         model.step(tokens, cell, cache)
@@ -227,7 +227,7 @@ def patterns(given: argparse.Namespace) -> list[dict[str, Any]]:
         models, works = {}, {}
         for about in itertools.product(("full", "paper"), SIDES):
             kind, side = about
-            models[about] = DALLE(replace(SHAPES[name], text=TEXT, side=side).config(kind))
+            models[about] = packed(DALLE(replace(SHAPES[name], text=TEXT, side=side).config(kind)))
             works[about] = partial(decode, models[about], decoding(models[about], BATCH))
         clocks = {about: partial(attention_seconds, models[about], works[about]) for about in works}
         times, inside = (
@@ -251,7 +251,7 @@ def prefill(given: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for name in given.shapes:
         shape = SHAPES[name]
-        model = DALLE(shape.config())
+        model = packed(DALLE(shape.config()))
         for batch in given.batches:
             step = partial(decode, model, decoding(model, batch))
             times = timed({"prefill": partial(model.prefill, shape.texts(batch)), "step": step}, given.repetitions)

@@ -55,11 +55,7 @@ def test_replayed_steps_are_the_models(patterns, replays):
     text, image = torch.randint(V, (3, T)), torch.randint(K, (3, *GRID))
     expected, tokens, fast = model(text, image).image, image.flatten(1), Replayed(model)
     cache = fast.prefill(text)
-    cache.keys.fill_(math.nan)  # what was never written must not be read, or only as nothing
-    cache.values.fill_(math.nan)
-    cache = fast.prefill(text)
-    cache.keys[:, :, :, cache.length :] = math.nan
-    cache.values[:, :, :, cache.length :] = math.nan
+    cache.stored[..., cache.length :, :] = math.nan  # what was never written must not be read, or only as nothing
     for _ in range(2):  # the second picture replays the graphs of the first
         for cell in range(CELLS):
             logits = fast.step(tokens[:, cell - 1] if cell else None, cell, cache)

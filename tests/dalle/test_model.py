@@ -45,7 +45,7 @@ def test_shapes_and_float32_logits(patterns):
         scored = model.score(image, cache)
         first = model.step(None, 0, cache)
     assert logits.text.dtype == logits.image.dtype == scored.dtype == first.dtype == torch.float32
-    assert cache.keys.dtype == torch.bfloat16
+    assert cache.stored.dtype == torch.bfloat16
     torch.testing.assert_close(logits.image, model(text, image).image, atol=0.2, rtol=0.1)
     torch.testing.assert_close(first, model(text, image).image[:, 0], atol=0.2, rtol=0.1)
 
@@ -135,11 +135,11 @@ def test_a_step_reads_the_keys_of_its_pattern_and_no_others(monkeypatch):
     """And the text's where they stand: what is handed to the attention begins with them, in the cache's memory."""
     model, read = random_model(torch.float32, grid=(6, 13), depth=4, patterns=KINDS), []
     cache, attention = model.prefill(batch(2)[0]), nn.functional.scaled_dot_product_attention
-    start = cache.keys.data_ptr()
+    start = cache.stored.data_ptr()
 
     def spy(q, k, v, **settings):
         layer = len(read) % len(KINDS)
-        assert k.data_ptr() == cache.keys[layer].data_ptr() and v.data_ptr() == cache.values[layer].data_ptr()
+        assert [k.data_ptr(), v.data_ptr()] == [half.data_ptr() for half in cache.stored[layer]]
         read.append(k.shape[2])
         return attention(q, k, v, **settings)
 
@@ -148,7 +148,7 @@ def test_a_step_reads_the_keys_of_its_pattern_and_no_others(monkeypatch):
         model.step(torch.tensor([1, 2]) if cell else None, cell, cache)
     states = range(model.layout.image.start, model.layout.states)
     assert read == [len(model.layout.keys(state, kind)) for state in states for kind in KINDS]
-    assert cache.keys.data_ptr() == start
+    assert cache.stored.data_ptr() == start
 
 
 def test_a_cache_that_is_done_gives_its_memory_to_the_next():
@@ -157,8 +157,8 @@ def test_a_cache_that_is_done_gives_its_memory_to_the_next():
     first = prefix.expand(2)
     model.step(None, 0, first)
     second = prefix.select([3, 1], into=first)
-    assert second.keys.data_ptr() == first.keys.data_ptr() and second.values.data_ptr() == first.values.data_ptr()
-    assert second.length == prefix.length and second.keys.shape[1] == 2
+    assert second.stored.data_ptr() == first.stored.data_ptr()
+    assert second.length == prefix.length and second.rows == 2
     torch.testing.assert_close(
         model.score(image[:2], second), model(text[[3, 1]], image[:2]).image, atol=1e-12, rtol=0
     )

@@ -88,7 +88,7 @@ def test_without_one_dnn_bfloat16_is_what_autocast_computes(model, monkeypatch):
         expected = model(text, image)
     assert all(torch.equal(*both) for both in zip(fast(text, image), expected, strict=True))
     cache = fast.prefill(text)
-    assert cache.keys.dtype == torch.bfloat16
+    assert cache.stored.dtype == torch.bfloat16
     torch.testing.assert_close(by_steps(fast, text, image), expected.image, atol=0.1, rtol=0)
 
 

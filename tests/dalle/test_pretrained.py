@@ -153,7 +153,7 @@ def test_faults_of_sampling(case):
     def forgetful(self, tokens, cell, cache):
         """The state before this one is forgotten by the first head."""
         logits = right(self, tokens, cell, cache)
-        cache.keys[:, :, 0, cache.length - 1] = 0
+        cache.stored[:, 0, :, 0, cache.length - 1] = 0
         return logits
 
     with mock.patch.object(DALLE, "step", forgetful):

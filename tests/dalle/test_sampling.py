@@ -392,7 +392,7 @@ def test_batches_after_the_first_take_its_memory(model, monkeypatch):
 
     def spy(self, rows, into=None):
         chosen = select(self, rows, into)
-        at.append((chosen.keys.data_ptr(), len(rows)))
+        at.append((chosen.stored.data_ptr(), len(rows)))
         return chosen
 
     monkeypatch.setattr(KVCache, "select", spy)
