@@ -512,7 +512,7 @@ def losses(
         pad_targets: whether pads, the last T of the V ids, are predicted like words (the paper does not say). Without
             them the text mean is over the words of the rows kept, and 0 if there are none.
     """
-    text = F.cross_entropy(logits.text.transpose(1, 2), text_ids, reduction="none")  # (B, T)
+    text = F.cross_entropy(logits.text.flatten(0, 1), text_ids.flatten(), reduction="none").unflatten(0, text_ids.shape)
     if pad_targets:
         text, counted = text.mean(1), keep_text
     else:
