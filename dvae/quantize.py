@@ -15,6 +15,7 @@ B batch, D channels, K codes, h w grid.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -139,11 +140,19 @@ class GumbelSoftmax(nn.Module):
         # which only means that this code is not drawn
         uniform = torch.rand(features.shape, generator=generator, device=generator.device)
         noise = -uniform.log_().neg_().log_().to(features.device)
-        z = F.softmax((features.float() + noise) / temperature, dim=1)
+        z = over_codes(F.softmax, (features.float() + noise) / temperature)
         if self.straight_through and self.training:
             hard = F.one_hot(z.argmax(1), z.shape[1]).movedim(-1, 1).to(z.dtype)
             z = hard + (z - z.detach())  # the bracket is exactly 0, so the sum is exactly one-hot
         return Quantized(z, features.argmax(1), kl_to_uniform(features))
+
+
+def over_codes(function: Callable[..., Tensor], logits: Tensor) -> Tensor:
+    """softmax or log_softmax over the codes of `(B, K, h, w)`, in the memory layout that comes in: torch's own over
+    dimension 1 copies channels_last there and back."""
+    if logits.is_contiguous(memory_format=torch.channels_last):
+        return function(logits.movedim(1, -1), dim=-1).movedim(-1, 1)
+    return function(logits, dim=1)
 
 
 def kl_to_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -153,7 +162,7 @@ def kl_to_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 def kl_to_uniform(logits: Tensor) -> Tensor:
     """KL(softmax(logits) || uniform) in closed form, summed over the grid: `(B, K, h, w)` -> `(B,)` nats."""
-    log_q = F.log_softmax(logits.float(), dim=1)
+    log_q = over_codes(F.log_softmax, logits.float())
     per_cell = (log_q.exp() * log_q).sum(1) + math.log(logits.shape[1])
     return per_cell.sum((1, 2))
 
@@ -163,7 +172,7 @@ def usage_gap(logits: Tensor) -> Tensor:
 
     Not in the paper. As a loss it keeps codes from dying in small models; a recipe that uses it says so.
     """
-    mean = F.softmax(logits.float(), dim=1).mean((0, 2, 3))
+    mean = over_codes(F.softmax, logits.float()).mean((0, 2, 3))
     return (mean * mean.clamp_min(1e-12).log()).sum() + math.log(logits.shape[1])
 
 

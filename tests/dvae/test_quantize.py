@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from dvae import seeds
 from dvae.model import DVAEConfig
@@ -16,6 +17,7 @@ from dvae.quantize import (
     kl_to_uniform,
     kmeans,
     nearest,
+    over_codes,
     pool,
     usage_gap,
 )
@@ -431,3 +433,16 @@ def test_beta_weighs_the_kl_of_a_token_against_the_values_that_it_stands_for(gro
     assert losses[6.6] - losses[0.0] == pytest.approx(6.6 / values * per_token, rel=1e-3)
     if config.factor == 8:
         assert 6.6 / values == pytest.approx(0.034375)
+
+
+@pytest.mark.parametrize("function", [F.softmax, F.log_softmax])
+def test_over_codes_keeps_the_memory_layout(function):
+    logits = torch.randn(3, 20, 4, 5)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        own = logits.contiguous(memory_format=layout).requires_grad_()
+        found = over_codes(function, own)
+        assert found.is_contiguous(memory_format=layout)
+        torch.testing.assert_close(found, function(logits, dim=1), atol=1e-6, rtol=0)
+        (slope,) = torch.autograd.grad(found.square().sum(), own)
+        expected = torch.autograd.functional.jacobian(lambda x: function(x, dim=1).square().sum(), logits)
+        torch.testing.assert_close(slope, expected, atol=1e-5, rtol=1e-5)
