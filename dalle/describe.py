@@ -261,7 +261,7 @@ def memory(model: DALLE, plan: Plan) -> dict[str, int]:
     """Bytes that one device holds at the height of a training: in a backward pass, with the gradients before it.
 
     Kernels' working memory, the batches, the masks and, with several devices, the buffers that exchange gradients come
-    on top.
+    on top. `dvae.forecast.memory` finds the same by asking torch, for a training that is there already.
     """
     tensors, matrices = list(model.parameters()), _matrices(model)
     narrow, config = _PRECISIONS[plan.precision], plan.config
@@ -276,6 +276,7 @@ def memory(model: DALLE, plan: Plan) -> dict[str, int]:
         "averaged weights": _FULL * _numbers(tensors) * plan.averaged,
         "weights in 16 bits": narrow * _numbers(matrices) * copied // config.depth * (narrow < _FULL),
         "activations of a batch": plan.batch_size * activations(config, plan.precision, plan.checkpointing),
+        "gradients of its logits": plan.batch_size * logit_gradients(config, plan.precision, plan.checkpointing),
     }
     return {**rows, "all": sum(rows.values())}
 
@@ -288,17 +289,33 @@ def activations(config: DALLEConfig, precision: str, checkpointing: bool) -> int
     blocks, in float32: what enters the norm and the heads, and the chances of all ids and codes. With checkpointing
     only what enters each block is kept, and the rest of one block at a time is made again, when the chances are gone.
     """
+    entering, block, ends, _ = _of_one_picture(config, precision)
+    if checkpointing:
+        return config.depth * entering + max(ends, block - entering)
+    return config.depth * block + ends
+
+
+def logit_gradients(config: DALLEConfig, precision: str, checkpointing: bool) -> int:
+    """Bytes of one picture that the way back through the larger head adds to `activations` at the height of them.
+
+    Two gradients, of the logits and of their logarithms of chances, float32. With checkpointing a block that is
+    computed again later may be the height instead.
+    """
+    entering, block, ends, chances = _of_one_picture(config, precision)
+    return max(0, ends + 2 * chances - max(ends, block - entering)) if checkpointing else 2 * chances
+
+
+def _of_one_picture(config: DALLEConfig, precision: str) -> tuple[int, int, int, int]:
+    """Bytes of what enters a block, a block with it, what comes after the blocks, and the larger head's chances."""
     cells = math.prod(config.grid)
     states, predicted, narrow = config.text_length + 1 + cells, config.text_length + cells, _PRECISIONS[precision]
     entering = _FULL * states * config.width
     block = 2 * entering + _FULL * states * (4 + config.heads)
     block += narrow * states * config.width * (6 + 2 * config.mlp_ratio)
-    chances = config.text_length * (config.vocab_text + config.text_length) + cells * config.vocab_image
+    chances = config.text_length * (config.vocab_text + config.text_length), cells * config.vocab_image
     # and the targets, int64, with a bool: is the caption kept?
-    ends = entering + _FULL * (predicted * (config.width + 2) + chances) + 8 * predicted + 1
-    if checkpointing:
-        return config.depth * entering + max(ends, block - entering)
-    return config.depth * block + ends
+    ends = entering + _FULL * (predicted * (config.width + 2) + sum(chances)) + 8 * predicted + 1
+    return entering, block, ends, _FULL * max(chances)
 
 
 def flops(model: DALLE, plan: Plan) -> dict[str, int]:

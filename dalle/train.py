@@ -24,6 +24,7 @@ from dalle.tokens import Sizes, TokenFiles
 from dvae import artefact, lit, seeds
 from dvae.errors import UserError
 from dvae.files import write_bytes
+from dvae.forecast import built
 from dvae.images import grid, to_uint8
 from dvae.tokenizer import load as load_dvae
 
@@ -211,7 +212,7 @@ class LitDALLE(lit.Lit):
         if not 0 <= from_codes <= 1:
             raise UserError(f"from_codes is {from_codes}", "give a share from 0 to 1, such as 0.8")
         self.from_codes, self.init_from = from_codes, init_from
-        self.model = DALLE(config, checkpointing)
+        self.model = built(lambda: DALLE(config, checkpointing))
         if compile and block_scaling:
             hint = "set model.compile or model.block_scaling to false: scales change, and each would be compiled anew"
             raise UserError("model.compile and model.block_scaling are both true", hint)
@@ -231,6 +232,17 @@ class LitDALLE(lit.Lit):
                 below = self.model.row_position.weight[-1:].detach()
                 weights["row_position.weight"] = torch.cat([weights["row_position.weight"], below])
             self.model.load_state_dict(weights)
+
+    def example(self, batch_size: int) -> dict[str, Any]:
+        config = self.model.config
+        return {
+            "text_ids": torch.zeros(batch_size, config.text_length, dtype=torch.int64),
+            "image_tokens": torch.zeros(batch_size, *config.grid, dtype=torch.int64),
+            "keep_text": torch.ones(batch_size, dtype=torch.bool),
+        }
+
+    def saving(self) -> str:
+        return "" if self.model.checkpointing else "--model.checkpointing true"
 
     def setup(self, stage: str) -> None:
         if self.from_codes and self.init_from is None:  # a checkpoint, if there is one, is read after this

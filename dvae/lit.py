@@ -11,6 +11,7 @@ checkpoints/{last,best}.ckpt and the artefact model/.
 
 import contextlib
 import csv
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -21,6 +22,7 @@ import math
 import platform
 import signal
 import subprocess
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -40,7 +42,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
-from dvae import images, plots
+from dvae import forecast, images, plots
 from dvae.commands import Plain, find_config
 from dvae.data import Endless
 from dvae.errors import ArtefactError, DataError, EnvironmentProblem, NumericsError, Stopped, UserError, warn
@@ -174,6 +176,14 @@ class Lit(LightningModule):
         """Write the stage's artefact with the weights that the model holds now."""
         raise TypeError(f"{type(self).__name__} does not say how it is saved")
 
+    def example(self, batch_size: int) -> dict[str, Any]:
+        """A batch of the shapes and types of a training's: `dvae.forecast` counts with it what one takes."""
+        raise TypeError(f"{type(self).__name__} does not say what a batch is")
+
+    def saving(self) -> str:
+        """A setting that would take less memory, with its value; "" where there is none."""
+        return ""
+
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         loss, self.latest = self.step(batch, self.trainer.global_step, batch_index)
         if not torch.isfinite(loss):
@@ -212,7 +222,7 @@ class Lit(LightningModule):
             callbacks.append(Averaging(self.optimiser.ema, self.optimiser.ema_every))
         if self.optimiser.plateau is not None:
             callbacks.append(Halving(self.step_size))
-        return [*callbacks, Checkpoints(self.checkpoint_every)]
+        return [*callbacks, Pace(), Checkpoints(self.checkpoint_every)]
 
 
 class Averaging(WeightAveraging):
@@ -302,6 +312,37 @@ class Validation(Callback):
         self.best = state["best"]
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, read when `device` has done all that it was asked for."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.monotonic()
+
+
+class Pace(Callback):
+    """Tells once how long the training will take, from three timed updates. The first one of a process is not timed,
+    for it also prepares what the others find; validations are not, and come on top."""
+
+    timed = 3
+
+    def __init__(self):
+        self.updates, self.seconds, self.begun = 0, 0.0, 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, module: Lit, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or self.updates > self.timed:
+            return
+        now = clock(trainer.strategy.root_device)
+        self.seconds += now - self.begun if self.updates else 0.0
+        self.begun, self.updates = now, self.updates + 1
+        left = trainer.max_steps - trainer.global_step
+        if self.updates > self.timed and left > 0:
+            told = forecast.to_the_end(self.seconds / self.timed, left, datetime.now())
+            module.print(f"{told}; validations come on top")
+
+    def on_validation_end(self, trainer: Trainer, module: Lit) -> None:
+        self.begun = clock(trainer.strategy.root_device)
+
+
 WHOLE = False  # Lightning's `weights_only` of a save: optimiser and counters are written too
 
 
@@ -329,6 +370,53 @@ def check_counts(trainer: Any, optimiser: Optimiser) -> None:
             "averaged weights that have not moved would be judged: "
             f"set ema_every to {interval // accumulate} or less, such as 1, or validate less often",
         )
+
+
+def supported(precision: Any, accelerator: str) -> Any:
+    """The precision to train in: the one asked for, or where the device lacks it the next best, which is told."""
+    asked, tell = forecast.SHORT.get(str(precision), precision), rank_zero_only(warn)
+    gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
+    device = {"auto": gpu or "cpu", "gpu": gpu}.get(accelerator, accelerator)
+    if (device, asked) == ("cpu", "16-mixed"):
+        tell("16-mixed needs a GPU: this runs in bf16-mixed", "--trainer.precision 32-true would round nothing")
+        return "bf16-mixed"
+    if (device, asked) == ("cuda", "bf16-mixed") and not torch.cuda.is_bf16_supported(including_emulation=False):
+        tell("this GPU has no bfloat16: this runs in 32-true", "--trainer.precision 16-mixed may be faster")
+        return "32-true"
+    if (device, asked) == ("cpu", "bf16-mixed") and not fast_bfloat16():
+        tell("this CPU computes slowly in bfloat16", "--trainer.precision 32-true is likely to be faster")
+    return precision
+
+
+def fast_bfloat16() -> bool:
+    """Whether torch's kernels for this CPU take bfloat16; true where they cannot be asked."""
+    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def foretell(trainer: Trainer, module: Lit, batch_size: int) -> None:
+    """Say how many parameters are trained and how much memory that takes; refuse it where there is not so much.
+
+    Raises:
+        EnvironmentProblem: the memory is not enough.
+    """
+    parameters = list(module.parameters())
+    precision, accumulate, device = trainer.precision, trainer.accumulate_grad_batches, trainer.strategy.root_device
+    told = f"{sum(parameter.numel() for parameter in parameters):,} parameters"
+    if precision in forecast.PRECISIONS:
+
+        @functools.cache
+        def need(pictures: int, batches: int) -> int:
+            return forecast.memory(module, pictures, precision, batches > 1, module.optimiser.ema is not None)
+
+        free = forecast.available(device)
+        if free is not None:
+            if device.type == "cpu":  # it holds the weights already, and what all processes need
+                free = free // trainer.num_devices + sum(parameter.nbytes for parameter in parameters)
+            forecast.check(need, batch_size, accumulate, trainer.val_check_interval, free, module.saving())
+        told += f"; a training of {batch_size:,} pictures at a time in {precision} needs about "
+        told += forecast.size(need(batch_size, accumulate)) + " on each device" * (trainer.world_size > 1)
+    if trainer.is_global_zero:
+        print(told)
 
 
 class Checkpoints(Checkpoint):
@@ -675,22 +763,26 @@ class Command(LightningCLI):
                 "name them: --ckpt_path best, or --init_from RUN",
             )
         checkpoint = self.checkpoint(run, config.ckpt_path)
-        trainer = self.config_init[self.subcommand].trainer
-        if trainer.enable_progress_bar is not False:
-            trainer.callbacks = [*(trainer.callbacks or []), Progress(refresh_rate=10)]
-        chosen = trainer.logger
+        settings = self.config_init[self.subcommand].trainer
+        if settings.enable_progress_bar is not False:
+            settings.callbacks = [*(settings.callbacks or []), Progress(refresh_rate=10)]
+        chosen = settings.logger
         loggers = chosen if isinstance(chosen, list) else [chosen] if isinstance(chosen, Logger) else []
         loggers = [Guest(logger) for logger in loggers]
         if self.subcommand == "fit":
-            check_counts(trainer, self.model.optimiser)
-            self.keep_config(run, continues=config.ckpt_path is not None)
-            step = None if checkpoint is None else saved_step(checkpoint)
-            loggers = [MetricsFile(run / "metrics.csv", step), *loggers]
+            check_counts(settings, self.model.optimiser)
+        settings.precision = supported(settings.precision, settings.accelerator)
         self.config_init[self.subcommand].ckpt_path = None if checkpoint is None else str(checkpoint)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on the number of workers and the like
-            plugins = [*(trainer.plugins or []), SafeCheckpoints()]
-            return super().instantiate_trainer(logger=loggers, plugins=plugins, **kwargs)
+            plugins = [*(settings.plugins or []), SafeCheckpoints()]
+            trainer = super().instantiate_trainer(logger=loggers, plugins=plugins, **kwargs)
+        if self.subcommand == "fit":  # from here on it is written to the run folder
+            foretell(trainer, self.model, self.datamodule.batch_size)
+            self.keep_config(run, continues=config.ckpt_path is not None)
+            step = None if checkpoint is None else saved_step(checkpoint)
+            trainer.loggers = [MetricsFile(run / "metrics.csv", step), *loggers]
+        return trainer
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:

@@ -29,6 +29,7 @@ from dvae.data import (
     split,
 )
 from dvae.errors import UserError, warn
+from dvae.forecast import built
 from dvae.images import augment, grid, to_uint8
 from dvae.model import DVAE, DVAEConfig
 from dvae.quantize import usage_gap
@@ -184,7 +185,7 @@ class LitDVAE(lit.Lit):
         self.temperature, self.kl_weight, self.usage_weight = temperature, kl_weight, usage_weight
         self.revival = revival
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.model = DVAE(config, straight_through)
+        self.model = built(lambda: DVAE(config, straight_through))
         self.started_from: str | None = None
         if init_from is not None:
             start = load(init_from)
@@ -208,6 +209,10 @@ class LitDVAE(lit.Lit):
             self.register_buffer("chosen", torch.zeros(config.vocab_size))
             self.register_buffer("badness", torch.zeros(config.vocab_size))
         self.clear()
+
+    def example(self, batch_size: int) -> dict[str, Any]:
+        side = self.model.config.image_size
+        return {"images": torch.zeros(batch_size, 3, side, side, dtype=torch.uint8)}
 
     def pictures(self, batch: dict[str, Any]) -> Tensor:
         return (batch["images"].float() / 255).contiguous(memory_format=self.memory_format)

@@ -33,7 +33,7 @@ import dvae.train
 from dalle.pipeline import load as load_dalle
 from dalle.prepare import prepare
 from dalle.train import LitDALLE
-from dvae import artefact, lit, plots
+from dvae import artefact, forecast, lit, plots
 from dvae.commands import find_config
 from dvae.data import open_source
 from dvae.errors import ArtefactError, UserError
@@ -97,6 +97,12 @@ class Run:
 def new(tmp_path, tiny_tokens, capsys):
     """new(stage, name): an experiment that was not run yet."""
     return lambda stage, name="run": Run(stage, tmp_path / name, tiny_tokens, capsys)
+
+
+def replace_step(patch: pytest.MonkeyPatch, module: type[lit.Lit], step) -> None:
+    """Put another step in place of the module's; memory is then not told, for that takes a step without numbers."""
+    patch.setattr(module, "step", step)
+    patch.setattr(lit, "foretell", lambda *_: None)
 
 
 def equal(one: dict, other: dict) -> bool:
@@ -244,7 +250,7 @@ def test_temperature_and_beta_are_those_of_the_update(new, monkeypatch):
         return loss, numbers
 
     monkeypatch.setattr(DVAE, "forward", called)
-    monkeypatch.setattr(LitDVAE, "step", weighed)
+    replace_step(monkeypatch, LitDVAE, weighed)
     assert run()[0] == 0
     expected = [of(update) for update in range(6) for _ in range(2) for of in (temperature, beta)]
     assert used[: len(expected)] == pytest.approx(expected, abs=0.01)  # a validation follows
@@ -301,7 +307,7 @@ def test_the_step_size_is_halved_on_a_plateau_of_the_training_loss(stage, new, m
         losses.append(loss.item())
         return loss, numbers
 
-    monkeypatch.setattr(MODULE[stage], "step", step)
+    replace_step(monkeypatch, MODULE[stage], step)
     assert run()[0] == 0
     expected, rates = StepSize(Schedule(2e-3, warmup=1), Plateau(2, 1, 0.9)), []
     for update, pair in enumerate(zip(losses[::2], losses[1::2], strict=True)):
@@ -395,7 +401,7 @@ def test_a_loss_scaler_does_not_hide_what_no_scale_mends(new, monkeypatch):
         next(self.model.parameters()).register_hook(lambda gradient: gradient + float("inf"))
         return real(self, data, update, batch_index)
 
-    monkeypatch.setattr(LitDALLE, "step", step)
+    replace_step(monkeypatch, LitDALLE, step)
     code, said = run()  # scales 2, 1, 1/2
     assert code == 6 and "error: the gradient of update 2 is" in said and "Traceback" not in said
 
@@ -596,7 +602,7 @@ def poison(monkeypatch, stage: str, batch: int, where: str) -> dict[str, torch.T
                 next(self.model.parameters()).register_hook(lambda gradient: gradient + float("inf"))
         return loss, numbers
 
-    monkeypatch.setattr(MODULE[stage], "step", step)
+    replace_step(monkeypatch, MODULE[stage], step)
     return kept
 
 
@@ -639,6 +645,124 @@ def test_collapsed_codebook_is_said_with_a_remedy(new, monkeypatch):
     code, said = run()
     assert code == 0 and said.count("only 6.2% of the 16 codes are in use") == 1, "once, not at each validation"
     assert "kl_weight, or give usage_weight" in said and "temperature" in said
+
+
+# ----------------------------------------------------------------------------------------------------- told beforehand
+
+
+@STAGES
+def test_a_training_begins_by_telling_parameters_and_memory(stage, new):
+    run = new(stage)
+    run.config["trainer"]["precision"] = "bf16-mixed"
+    assert run()[0] == 0
+    model = (load_dvae if stage == "dvae" else lambda folder: load_dalle(folder).model)(run.folder)
+    parameters, need = re.match(
+        r"([\d,]+) parameters; a training of 4 pictures at a time in bf16-mixed needs about (\d+) MiB\n", run.printed
+    ).groups()
+    assert int(parameters.replace(",", "")) == sum(p.numel() for p in model.parameters())
+    assert run.printed.count("parameters") == 1 and 1 <= int(need) < 20
+
+
+@STAGES
+def test_too_little_memory_is_told_before_anything_is_written_with_settings_that_fit(stage, new, monkeypatch):
+    run, needs, weights, real, free = new(stage), {}, [], forecast.memory, [2**40]
+
+    def memory(module, pictures, precision, accumulates, averages):
+        needs[pictures] = real(module, pictures, precision, accumulates, averages)
+        weights.append(sum(p.nbytes for p in module.parameters()))
+        return needs[pictures]
+
+    monkeypatch.setattr(forecast, "memory", memory)
+    monkeypatch.setattr(forecast, "available", lambda device: free[0])
+    run.config["trainer"].update(accumulate_grad_batches=2, val_check_interval=4)
+    assert run()[0] == 0 and [*needs] == [4] and len(weights) == 1, "counted once"
+    shutil.rmtree(run.folder)
+    run.config["data"]["batch_size"] = 16
+    run.config["trainer"].update(accumulate_grad_batches=1, val_check_interval=2)
+    free[0] = needs[4] - weights[0]  # on a CPU the weights are there before they are counted
+    code, said = run()
+    first, second = said.splitlines()
+    assert code == 5 and not run.folder.exists() and run.printed == ""
+    assert first == (
+        f"error: the memory is not enough: 16 pictures at a time need about {forecast.size(needs[16])}, "
+        f"and {forecast.size(needs[4])} are there"
+    )
+    way = "--data.batch_size 4 --trainer.accumulate_grad_batches 4 --trainer.val_check_interval 8"
+    other = {"dvae": "", "dalle": "; or --model.checkpointing true, which takes less"}
+    assert second == f"hint: give {way} for as many pictures an update{other[stage]}"
+    assert run(*way.split())[0] == 0, "the hint is true"
+    assert {row["step"] for row in run.metrics()} == set("1234")
+
+
+def test_the_time_to_the_end_is_told_once_after_three_timed_updates(new, monkeypatch):
+    """A batch takes 0.5 s here, the first one 60 s and a validation 1,000 s: only the first is part of the line."""
+    run, now, real = new("dvae"), [0.0], LitDVAE.step
+    run.config["trainer"].update(max_steps=12, accumulate_grad_batches=2, val_check_interval=4)
+
+    def step(self, batch, update, batch_index):
+        now[0] += 0.5 if now[0] else 60.0
+        return real(self, batch, update, batch_index)
+
+    def validate(self, batch, batch_index):
+        now[0] += 1000.0
+        validation_step(self, batch, batch_index)
+
+    validation_step = LitDVAE.validation_step
+    replace_step(monkeypatch, LitDVAE, step)
+    monkeypatch.setattr(LitDVAE, "validation_step", validate)
+    monkeypatch.setattr(lit, "clock", lambda device: now[0])
+    line = re.compile(
+        r"^1 s an update: (\d+) updates end in about \1 s, (?:at|on) .*; validations come on top$", re.MULTILINE
+    )
+    for args, left in (((), ["8"]), (("--trainer.max_steps", "18"), ["2"]), (("--trainer.max_steps", "22"), [])):
+        assert run("--ckpt_path", "last", *args)[0] == 0
+        assert line.findall(run.printed) == left and run.printed.count("an update") == len(left)
+
+
+def test_precisions_that_the_device_lacks_fall_back_with_a_line(new):
+    run = new("dvae")
+    run.config["trainer"]["precision"] = "16-mixed"
+    code, said = run()
+    assert code == 0 and "at a time in bf16-mixed" in run.printed
+    assert said.splitlines()[:2] == [
+        "warning: 16-mixed needs a GPU: this runs in bf16-mixed",
+        "hint: --trainer.precision 32-true would round nothing",
+    ]
+    assert said.count("16-mixed needs") == 1
+
+
+@pytest.mark.parametrize(
+    "precision, accelerator, gpu, fast, used, words",
+    [
+        ("16-mixed", "auto", None, True, "bf16-mixed", "16-mixed needs a GPU"),
+        (16, "cpu", "bf16", True, "bf16-mixed", "16-mixed needs a GPU"),
+        ("16-mixed", "auto", "old", True, "16-mixed", ""),
+        ("16-mixed", "gpu", None, True, "16-mixed", ""),  # Lightning refuses that
+        ("bf16-mixed", "auto", "old", True, "32-true", "this GPU has no bfloat16: this runs in 32-true"),
+        ("bf16", "cuda", "old", True, "32-true", "this GPU has no bfloat16"),
+        ("bf16-mixed", "gpu", "bf16", False, "bf16-mixed", ""),
+        ("bf16-mixed", "auto", None, True, "bf16-mixed", ""),
+        ("bf16-mixed", "cpu", "old", False, "bf16-mixed", "this CPU computes slowly in bfloat16"),
+        ("32-true", "auto", "old", False, "32-true", ""),
+        (None, "auto", None, False, None, ""),
+    ],
+)
+def test_which_precision_a_device_takes(precision, accelerator, gpu, fast, used, words, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu == "bf16")
+    monkeypatch.setattr(lit, "fast_bfloat16", lambda: fast)
+    assert lit.supported(precision, accelerator) == used
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == (2 if words else 0)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(new):
+    run = new("dalle")
+    code, said = run("--trainer.accelerator", "gpu")
+    assert code == 5 and "No supported gpu backend found!\nhint: leave machine/gpu away" in said
+    assert not run.folder.exists()
 
 
 # -------------------------------------------------------------------------------------------------------------- stops
@@ -718,7 +842,7 @@ def test_D34_a_loading_process_that_is_killed_is_told_and_the_run_goes_on(stage,
         return real(self, batch, update, batch_index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MODULE[stage], "step", step)
+        replace_step(patch, MODULE[stage], step)
         code, said = run()
     assert code == 5 and "a loading process died" in said and "--ckpt_path last" in said
     assert run("--ckpt_path", "last")[0] == 0
@@ -777,7 +901,7 @@ def test_D31_a_picture_that_changes_during_the_training_is_named(new, tmp_path, 
         return real(self, batch, update, batch_index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LitDVAE, "step", step)
+        replace_step(patch, LitDVAE, step)
         run.config["trainer"]["max_steps"] = 12
         code, said = run()
     assert code == 3 and "07.png changed since it was examined (other bytes)" in said
@@ -803,7 +927,7 @@ def test_init_from_starts_from_an_artefact(stage, new, monkeypatch):
             begun.update({name: value.clone() for name, value in self.state_dict().items()})
         return real(self, batch, update, batch_index)
 
-    monkeypatch.setattr(MODULE[stage], "step", step)
+    replace_step(monkeypatch, MODULE[stage], step)
     assert second()[0] == 0
     assert equal(begun, first.checkpoint("best")["state_dict"]), "the averaged weights of the best validation"
 
@@ -856,7 +980,7 @@ def test_from_codes_starts_from_what_the_codes_look_like(new, tiny_tokens, monke
         begun.append(self.model.image_head.weight.detach().clone())
         return real(self, batch, update, batch_index)
 
-    monkeypatch.setattr(LitDALLE, "step", step)
+    replace_step(monkeypatch, LitDALLE, step)
     misfits = []
     for share in (0.0, 1.0):
         run, begun[:] = new("dalle", f"share-{share:.0f}"), []

@@ -21,6 +21,7 @@ from dalle.model import DALLE, Block, DALLEConfig, losses
 from dalle.pipeline import load
 from dalle.prepare import Prepared
 from dalle.train import ImageFirst, LitDALLE, TokenData
+from dvae import forecast
 from dvae.commands import dotted
 from dvae.errors import DataError, UserError
 from dvae.optim import Optimiser
@@ -150,6 +151,23 @@ def test_activations_with_checkpointing(config, precision):
     told = count(plan)["memory"]
     assert told["weights in 16 bits"] == (2 * matrices if precision == "bf16-mixed" else 0)
     assert told["activations of a batch"] == 2 * activations(config, precision, True), "of a batch of two"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", MIXED)
+@pytest.mark.parametrize(
+    "width, vocab_text, vocab_image", [(192, 300, 1024), (384, 300, 64), (64, 300, 4096), (64, 8192, 500)]
+)
+def test_memory_is_that_of_an_update_counted_operation_by_operation(
+    width, vocab_text, vocab_image, precision, checkpointing
+):
+    """As `dalle fit` tells it: two ways to one number, but for which block is the height where it is computed again."""
+    sizes = {"vocab_text": vocab_text, "text_length": 16, "vocab_image": vocab_image, "grid": (8, 8)}
+    config = DALLEConfig(**sizes, depth=4, width=width, heads=4)
+    plan = replace(PLAN, config=config, precision=precision, checkpointing=checkpointing, batch_size=16)
+    module = LitDALLE(4, width, 4, sizes, Optimiser(Schedule(1e-3)), checkpointing=checkpointing)
+    needed = forecast.memory(module, 16, precision, plan.accumulate > 1, plan.averaged)
+    assert count(plan)["memory"]["all"] / needed == pytest.approx(1, abs=0.1 if checkpointing else 0.03)
 
 
 # --------------------------------------------------------------------------------------------------------- arithmetic

@@ -371,7 +371,7 @@ def equal(one, other) -> bool:
 @pytest.mark.parametrize("asked, runs", [("32-true",) * 2, ("bf16-mixed",) * 2, ("16-mixed", "bf16-mixed")])
 def test_other_precisions_are_refused(asked, runs, fit):
     code, said = fit("run", {"precision": asked}, {"block_scaling": True})
-    assert code == 2 and said == (
+    assert code == 2 and said.endswith(
         f"error: model.block_scaling is true, and the training runs in precision {runs}\n"
         "hint: set trainer.precision to 16-mixed, which needs a GPU, or model.block_scaling to false: only float16 has "
         "too few exponents\n"
