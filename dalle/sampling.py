@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from dalle.model import DALLE, KVCache
-from dvae.errors import NumericsError, UserError
+from dvae.errors import EnvironmentProblem, NumericsError, UserError
+from dvae.forecast import available
+from dvae.forecast import size as human
 from dvae.seeds import generator
 
 _EXACT_ROWS = 8  # pictures that `exact` always computes together
@@ -93,7 +95,7 @@ def sample(
     blend: Blend | None = None,
     known: Tensor | None = None,
     seeds: int | Sequence[int] = 0,
-    batch: int = 256,
+    batch: int | None = None,
     exact: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Sampled:
@@ -109,19 +111,21 @@ def sample(
             the normalised geometric mean of the two distributions.
         known: int64 (P, h, w): of each prompt the tokens that its pictures are to hold, -1 where they are drawn.
         seeds: one for all prompts, or one for each; 0 <= seed < 2**63.
-        batch: pictures computed at a time; memory grows with it, and doubles with guidance.
+        batch: pictures computed at a time; memory grows with it, and doubles with guidance. None: see `fitting`.
         exact: bit-equal tokens and log-probabilities on one machine, whatever count, batch, threads or other prompts:
             always 8 pictures of one prompt together, on one thread. Slower; `batch` is then not used.
         progress: called with the number of tokens just drawn; they add up to P * count * N.
     Raises:
         UserError: a setting is out of its range.
+        EnvironmentProblem: there is not enough memory for one picture.
         NumericsError: the model's logits are not finite; names the picture.
     """
     prompts = len(text_ids)
     seeds = list(seeds) if isinstance(seeds, Sequence) else [seeds] * prompts
     check_settings(model, temperature, top_k, top_p, guidance)
-    _check(prompts, count, seeds, batch)
     beside, weights = _beside(null_ids, guidance, blend)
+    batch = fitting(model, len(weights)) if batch is None else batch
+    _check(prompts, count, seeds, batch)
     choose = functools.partial(_choose, temperature=temperature, top_k=top_k, top_p=top_p)
     if known is not None:
         _check_known(model, known, prompts)
@@ -200,6 +204,9 @@ def sample_pruned(
             )
         before, left = cell, keep
     beside, weights = _beside(null_ids, guidance, None)
+    if count > (most := fitting(model, len(weights), count)):
+        hint = f"draw {most} or fewer, or do not prune: pictures are then drawn as many at a time as fit"
+        raise EnvironmentProblem(f"there is not enough memory for {count} pictures at a time", hint)
     choose = functools.partial(_choose, temperature=temperature, top_k=top_k, top_p=top_p)
     numbers, keeps = torch.arange(count), dict(stages)
     with torch.inference_mode():
@@ -259,23 +266,25 @@ class Drawing:
         if len(logits) > 1:
             mixed = sum(weight * stream.double() for weight, stream in zip(self.weights, logits, strict=True))
         self.sums.append(mixed.sum(1, dtype=torch.float64))
-        if (cell + 1) % self.model.config.grid[1] == 0:  # of a row together, for each look waits for the device
-            self._check_finite(cell + 1)
         token = self.choose(mixed, self.uniforms[:, cell].to(mixed.device))
         if self.known is not None:
             given = self.known[:, cell].to(token)
             token = torch.where(given < 0, token, given)
         self.tokens.append(token)
         self.logprobs.append(tuple(_logprob(stream, token) for stream in logits))
+        if (cell + 1) % self.model.config.grid[1] == 0:  # of a row together, for each look waits for the device
+            self._check_finite()
 
-    def _check_finite(self, cell: int) -> None:
-        """Raise NumericsError for the first of the cells before `cell` whose logits are no numbers."""
+    def _check_finite(self) -> None:
+        """Raise NumericsError for the first of the cells not looked at yet whose logits are no numbers."""
+        if not self.sums:
+            return
         finite = torch.isfinite(torch.stack(self.sums))  # (cells, R)
         if not finite.all():
             later, row = (~finite).nonzero()[0].tolist()
-            (prompt, k), at = self.names[row], cell - len(finite) + later
+            (prompt, k), cell = self.names[row], len(self.tokens) - len(finite) + later
             raise NumericsError(
-                f"the model's logits are not finite at cell {at} of picture {k} of prompt {prompt}",
+                f"the model's logits are not finite at cell {cell} of picture {k} of prompt {prompt}",
                 "the weights are damaged or diverged in training: use an earlier checkpoint, or float32",
             )
         self.sums.clear()
@@ -287,6 +296,7 @@ class Drawing:
 
     def select(self, rows: Tensor) -> "Drawing":
         """The pictures of these rows, int64, on their way."""
+        self._check_finite()
         size, texts = len(self.uniforms), range(len(self.weights))
         cache = self.cache.select(torch.cat([text * size + rows for text in texts]))
         known = None if self.known is None else self.known[rows]
@@ -294,7 +304,6 @@ class Drawing:
         mixture = self.weights, self.guided
         chosen = Drawing(self.model, cache, *mixture, self.uniforms[rows], self.choose, names, known)
         chosen.tokens = [token[rows] for token in self.tokens]
-        chosen.sums = [sums[rows] for sums in self.sums]
         chosen.logprobs = [tuple(column[rows] for column in columns) for columns in self.logprobs]
         return chosen
 
@@ -309,6 +318,28 @@ def _beside(null_ids: Tensor, guidance: float, blend: Blend | None) -> tuple[lis
     if share:
         texts, weights = [*texts, blend.text_ids], [guidance * (1 - share), *weights[1:], guidance * share]
     return texts, weights
+
+
+def fitting(model: DALLE, texts: int, most: int = 256) -> int:
+    """How many pictures can be drawn at a time, `most` at the most, if half of the free memory may be taken.
+
+    Args:
+        texts: that are read for each picture: its prompt and those beside it.
+    Raises:
+        EnvironmentProblem: not even one.
+    """
+    config, size = model.config, model.start.element_size()
+    keys = 2 * config.depth * config.width * 2 * model.layout.states * size  # read once, and copied once
+    chances = 8 * 8 * config.vocab_image  # some float64 of each code
+    free, each = available(model.start.device), texts * keys + (texts + 1) * chances
+    if free is None:
+        return most
+    if each > free:
+        raise EnvironmentProblem(
+            f"drawing one picture takes {human(each)}, and {human(free)} of memory are free",
+            "end other programs, or draw with a smaller model",
+        )
+    return max(1, min(most, free // 2 // each))
 
 
 def _choose(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:

@@ -151,9 +151,9 @@ def test_describe_says_in_words_what_beam_and_draws_find(drawer, images):
     tokens = drawer.tokenizer.encode(images)
     settings = {"temperature": 0.8, "seed": 3, "top_p": 0.9, "top_k": 50}
     for told, found in (
-        (describe(drawer, images, count=3, width=5), beam(drawer.model, tokens, 5, 5)),
-        (describe(drawer, images, count=12), beam(drawer.model, tokens, 12, 12)),
-        (describe(drawer, images, "sampled", 6, **settings), sampled(drawer.model, tokens, 6, **settings)),
+        (describe(drawer, images, count=3, width=5), beam(drawer.packed, tokens, 5, 5)),
+        (describe(drawer, images, count=12), beam(drawer.packed, tokens, 12, 12)),
+        (describe(drawer, images, "sampled", 6, **settings), sampled(drawer.packed, tokens, 6, **settings)),
     ):
         for own, ids in zip(told, found, strict=True):
             pairs = {}
@@ -167,7 +167,7 @@ def test_ids_that_spell_the_same_words_are_one_caption(drawer, images, monkeypat
     monkeypatch.setattr(type(drawer.text), "decode", lambda text, ids: "odd" if ids[0] % 2 else "even")
     for (told,) in (describe(drawer, images[:1], count=8, width=60), describe(drawer, images[:1], "sampled", 30)):
         assert sorted(each.text for each in told) == ["even", "odd"]
-    (found,) = beam(drawer.model, drawer.tokenizer.encode(images[:1]), 8)
+    (found,) = beam(drawer.packed, drawer.tokenizer.encode(images[:1]), 8)
     assert describe(drawer, images[:1], count=8)[0][0].score == found.logprobs[0].item()
 
 

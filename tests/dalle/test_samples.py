@@ -45,7 +45,8 @@ def test_pictures_sheet_and_json(tmp_path, tiny_dalle, capsys):
         for name, p in zip(names, best, strict=True)
     ]
     digest = artefact.digest(tiny_dalle / "model")
-    assert made == {"prompt": "A red circle, above!", "seed": 4, "count": 3, "keep": 2, **SETTINGS, "artefact": digest}
+    asked = {"prompt": "A red circle, above!", "seed": 4, "count": 3, "keep": 2, **SETTINGS}
+    assert made == {**asked, "precision": "float32", "artefact": digest}
     out = capsys.readouterr().out
     assert out.startswith("wrote ") and all(str(tmp_path / name) in out for name in listing(tmp_path))
 

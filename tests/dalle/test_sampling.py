@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from dalle import sampling
 from dalle.model import DALLE, DALLEConfig, KVCache
-from dalle.sampling import Blend, draw, filter_logits, sample, sample_pruned
-from dvae.errors import NumericsError, UserError
+from dalle.sampling import Blend, draw, filter_logits, fitting, sample, sample_pruned
+from dvae.errors import EnvironmentProblem, NumericsError, UserError
 from dvae.seeds import generator
 
 BPE, T, K, GRID = 10, 4, 12, (3, 3)
@@ -32,7 +33,8 @@ class Known:
 
     def __init__(self, vocab=6, seed=0, dtype=torch.float64):
         random = torch.Generator().manual_seed(seed)
-        self.config = SimpleNamespace(vocab_image=vocab, grid=(1, 3))
+        self.config = SimpleNamespace(vocab_image=vocab, grid=(1, 3), depth=1, width=1)
+        self.layout, self.start = SimpleNamespace(states=5), torch.zeros(1)
         self.table = 1.5 * torch.randn(4, vocab + 1, vocab, generator=random, dtype=dtype)  # prompt, before, token
 
     class Cache:
@@ -203,6 +205,7 @@ class Recorded:
 
     def __init__(self, model):
         self.model, self.config, self.prefill, self.logits = model, model.config, model.prefill, []
+        self.start, self.layout = model.start, model.layout
 
     def step(self, tokens, cell, cache):
         self.logits.append(self.model.step(tokens, cell, cache))
@@ -406,6 +409,27 @@ def test_progress_counts_the_tokens_asked_for(model, settings):
     told = []
     sample(model, torch.cat([A, B]), 11, null_ids=NULL, progress=told.append, **settings)
     assert sum(told) == 2 * 11 * N and len(told) % N == 0
+
+
+def test_batches_are_as_large_as_half_of_the_memory(model, monkeypatch):
+    memory = {}
+    monkeypatch.setattr(sampling, "available", lambda device: memory["free"])
+    one = 2 * 2 * 2 * 32 * model.layout.states * 4 + 2 * 64 * K  # its keys and values, twice, and its logits
+    assert model.prefill(A).stored.nbytes == 2 * 2 * 32 * model.layout.states * 4
+    for free, expected in {2 * one: 1, 21 * one: 10, 10**12: 256, None: 256}.items():
+        memory["free"] = free
+        assert fitting(model, 1) == expected
+    memory["free"] = 12 * one
+    plain, rows = sample(model, A, 13, null_ids=NULL, batch=100), []
+    step = model.step
+    monkeypatch.setattr(model, "step", lambda held, cell, cache: rows.append(cache.rows) or step(held, cell, cache))
+    assert torch.equal(sample(model, A, 13, null_ids=NULL).tokens, plain.tokens)
+    assert rows == [6] * N + [6] * N + [1] * N
+    with pytest.raises(EnvironmentProblem, match="7 pictures at a time"):
+        sample_pruned(model, A, 7, [(3, 2)], lambda *_: torch.zeros(7), null_ids=NULL)
+    memory["free"] = one - 1
+    with pytest.raises(EnvironmentProblem, match="drawing one picture takes"):
+        sample(model, A, 1, null_ids=NULL)
 
 
 def test_sampling_under_bfloat16_autocast(model):
