@@ -47,66 +47,21 @@ from dvae.commands import Plain, find_config
 from dvae.data import Endless
 from dvae.errors import ArtefactError, DataError, EnvironmentProblem, NumericsError, Stopped, UserError, warn
 from dvae.files import replacing, sweep, write_json
+from dvae.loading import Once, deaths_told, loader
 from dvae.optim import Optimiser, StepSize
 
 # ---------------------------------------------------------------------------------------------------------- batches
-
-
-def whole(batch: Any) -> Any:
-    """Collate nothing: our data sets answer a list of rows with a finished batch."""
-    return batch
-
-
-class Told(Dataset):
-    """Answers a mistake of the user or the disk instead of a batch: of one that is raised torch carries only a text."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __getitems__(self, rows: list[tuple[int, int]]) -> Any:
-        try:
-            return self.dataset.__getitems__(rows)
-        except (UserError, OSError) as error:
-            return error
-
-
-def deaf(worker: int) -> None:
-    """A Ctrl-C or a termination may reach the loading processes too; only the training decides what it means."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def training_loader(dataset: Dataset, batch: int, seed: int, workers: int, trainer: Trainer) -> DataLoader:
     """Endless batches of `dataset`, going on where the trainer's restored counters say that it stopped."""
     start = trainer.fit_loop.epoch_loop.batch_progress.current.processed
     order = Endless(len(dataset), batch, seed, start=start, rank=trainer.global_rank, world=trainer.world_size)
-    return DataLoader(
-        Told(dataset),
-        batch_sampler=order,
-        collate_fn=whole,
-        num_workers=workers,
-        worker_init_fn=deaf,
-        persistent_workers=workers > 0,
-    )
-
-
-class Once:
-    """A batch sampler of each row once, in order, as (epoch 0, index) pairs."""
-
-    def __init__(self, length: int, batch: int):
-        self.length, self.batch = length, batch
-
-    def __len__(self) -> int:
-        return -(-self.length // self.batch)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for first in range(0, self.length, self.batch):
-            yield [(0, index) for index in range(first, min(first + self.batch, self.length))]
+    return loader(dataset, order, workers, persistent=True)
 
 
 def validation_loader(dataset: Dataset, batch: int, workers: int) -> DataLoader:
-    order = Once(len(dataset), batch)
-    return DataLoader(Told(dataset), batch_sampler=order, collate_fn=whole, num_workers=workers, worker_init_fn=deaf)
+    return loader(dataset, Once(len(dataset), batch), workers)
 
 
 class Data(LightningDataModule):
@@ -926,21 +881,16 @@ def run(command: type[Command], module: type[Lit], data: type[Data], args: Seque
         advices = ("num_workers", "LeafSpec", "many workers", "worker processes", "IterableDataset", "args parameter")
         for advice in (*advices, "sync_dist"):  # every process validates on everything
             warnings.filterwarnings("ignore", message=f".*{advice}.*")
+        died = "often for want of memory: go on with --ckpt_path last and fewer --data.workers (0: without any)"
         try:
-            return command(module, data, args)
+            with deaths_told(died):
+                return command(module, data, args)
         except MisconfigurationException as error:
             if "backend" in str(error) or "accelerator" in str(error):
                 raise EnvironmentProblem(
                     " ".join(str(error).split()), "leave machine/gpu away, or set --trainer.accelerator cpu"
                 ) from error
             raise UserError(" ".join(str(error).split()), "change that setting; fit --help lists them all") from error
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):  # others come from within it, with their own reasons
-                raise
-            raise EnvironmentProblem(
-                f"a loading process died: {' '.join(str(error).split())}",
-                "often for want of memory: go on with --ckpt_path last and fewer --data.workers (0: without any)",
-            ) from error
         except SystemExit as end:
             if not isinstance(end.__context__, KeyboardInterrupt):
                 raise

@@ -16,9 +16,9 @@ PACKAGES = ("dvae", "dalle")
 # Every room may import the rooms before it, and no other.
 ROOMS = """
     dvae.errors dvae.files dvae.seeds dvae.schedules dvae.images dvae.scenes dvae.listing dvae.tables dvae.data
-    dvae.likelihood dvae.quantize dvae.artefact dvae.model dvae.vqgan dvae.tokenizer dvae.codebook dvae.drawings
-    dvae.plots dvae.evaluate dvae.inspect dvae.foreign dvae.importers dvae.commands dvae.optim dvae.forecast dvae.lit
-    dvae.train dvae.__main__
+    dvae.loading dvae.likelihood dvae.quantize dvae.artefact dvae.model dvae.vqgan dvae.tokenizer dvae.codebook
+    dvae.drawings dvae.plots dvae.evaluate dvae.inspect dvae.foreign dvae.importers dvae.commands dvae.optim
+    dvae.forecast dvae.lit dvae.train dvae.__main__
     dalle.layout dalle.text dalle.tokens dalle.pairs dalle.scaling dalle.model dalle.packing dalle.gpu dalle.describe
     dalle.sampling dalle.rerank dalle.caption dalle.edit dalle.pipeline dalle.shrink dalle.samples dalle.captions
     dalle.complete dalle.prepare dalle.check dalle.candidates dalle.evaluate dalle.compare

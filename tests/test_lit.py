@@ -25,7 +25,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from torch.utils.data import DataLoader
 
 import dalle.__main__
 import dvae.__main__
@@ -775,15 +774,6 @@ def test_the_bar_of_a_continued_run_counts_on(new):
     run.config["trainer"]["max_steps"] = 4
     assert run("--ckpt_path", "last")[0] == 0
     assert "training:  50%" in run.printed and "| 4/4 [" in run.printed.splitlines()[-2]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_loading_processes_leave_signals_to_the_training(number):
-    """A shell sends Ctrl-C, and many a scheduler its termination, to all processes at once."""
-    batches = iter(DataLoader(list(range(40)), num_workers=1, worker_init_fn=lit.deaf, timeout=60))
-    next(batches)
-    os.kill(batches._workers[0].pid, number)
-    assert [int(row) for row in batches] == list(range(1, 40))
 
 
 @pytest.mark.parametrize("stage, number", [("dvae", signal.SIGTERM), ("dalle", signal.SIGINT)])
