@@ -18,5 +18,4 @@ def open_pairs(name: str, size: int, max_bad: float = 0.01) -> Source:
 
 def pairs_of(source: Source) -> Source:
     """The rows of an opened source that have a caption; those without one are skipped as "no caption"."""
-    spoken = np.fromiter((bool(source.captions(index)) for index in range(len(source))), bool, len(source))
-    return Part(source, np.flatnonzero(spoken), source.name, faulty=True, reason="no caption")
+    return Part(source, np.flatnonzero(source.captioned()), source.name, faulty=True, reason="no caption")

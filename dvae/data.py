@@ -88,9 +88,16 @@ class Source:
         """The captions of a row, cleaned; none, one or several."""
         raise NotImplementedError
 
+    def captioned(self) -> np.ndarray:
+        """bool `(len,)`: which rows have a caption."""
+        raise NotImplementedError
+
     def images(self, indices: Sequence[int]) -> Tensor:
         """The pictures of some rows, cut to their central squares: uint8 (B, 3, size, size)."""
         return torch.stack([square(self.image(index), self.size) for index in indices])
+
+    def keep(self) -> None:
+        """For those who come back, epoch after epoch: pictures that are drawn stay in memory (3 size² bytes each)."""
 
     def skipped(self) -> Iterator[tuple[str, str]]:
         """(key, reason) of each listed row that cannot be used."""
@@ -98,12 +105,12 @@ class Source:
 
 
 class Scenes(Source):
-    """The embedded scenes. All are drawn when the first picture is asked for, and kept (3 size² bytes each)."""
+    """The embedded scenes: drawn whenever they are asked for, or all at once if they are to be kept."""
 
     def __init__(self, name: str, size: int, split: str, count: int, seed: int):
         super().__init__(name, size, count, count, f"{split} {count} {seed}")
         self.split, self.seed = split, seed
-        self._pictures: Tensor | None = None
+        self._kept: Tensor | None = None
 
     def key(self, index: int) -> str:
         return f"{self.split}-{index:06d}"
@@ -118,24 +125,28 @@ class Scenes(Source):
         return self.images([index])[0]
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        if self._pictures is None:
-            self._pictures = self._draw()
-        return self._pictures[torch.as_tensor(indices, dtype=torch.int64)]
+        if self._kept is not None:
+            return self._kept[torch.as_tensor(indices, dtype=torch.int64)]
+        return scenes.draw([scenes.scene(self.split, int(index), seed=self.seed) for index in indices], self.size)
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        return scenes.captions(self.split, index, seed=self.seed)
-
-    def skipped(self) -> Iterator[tuple[str, str]]:
-        return iter(())
-
-    def _draw(self) -> Tensor:
+    def keep(self) -> None:
+        if self._kept is not None:
+            return
         pictures = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
         starts = range(0, len(self), 256)
         for start in tqdm(starts, desc="drawing scenes", leave=False, delay=1, disable=None):
             rows = range(start, min(start + 256, len(self)))
-            drawn = [scenes.scene(self.split, index, seed=self.seed) for index in rows]
-            pictures[rows.start : rows.stop] = scenes.draw(drawn, self.size)
-        return pictures
+            pictures[rows.start : rows.stop] = self.images(rows)
+        self._kept = pictures
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return scenes.captions(self.split, index, seed=self.seed)
+
+    def captioned(self) -> np.ndarray:
+        return np.ones(len(self), bool)
+
+    def skipped(self) -> Iterator[tuple[str, str]]:
+        return iter(())
 
 
 class Files(Source):
@@ -182,11 +193,17 @@ class Files(Source):
     def captions(self, index: int) -> tuple[str, ...]:
         return tuple(self._row(index)["captions"])
 
+    def captioned(self) -> np.ndarray:
+        usable = (row for row in self._rows() if "fault" not in row)
+        return np.fromiter((bool(row["captions"]) for row in usable), bool, len(self))
+
     def skipped(self) -> Iterator[tuple[str, str]]:
+        return ((row["key"], row["fault"]) for row in self._rows() if "fault" in row)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """All that are listed."""
         with open(self.folder / ROWS, encoding="utf-8", newline="\n") as rows:
-            for row in map(json.loads, rows):
-                if "fault" in row:
-                    yield row["key"], row["fault"]
+            yield from map(json.loads, rows)
 
     def _row(self, index: int) -> dict[str, Any]:
         with open(self.folder / ROWS, "rb") as rows:  # no file that stays open: its place would be shared by processes
@@ -226,8 +243,14 @@ class Part(Source):
     def captions(self, index: int) -> tuple[str, ...]:
         return self._source.captions(int(self._indices[index]))
 
+    def captioned(self) -> np.ndarray:
+        return self._source.captioned()[self._indices]
+
     def images(self, indices: Sequence[int]) -> Tensor:
         return self._source.images([int(self._indices[index]) for index in indices])
+
+    def keep(self) -> None:
+        self._source.keep()
 
     def skipped(self) -> Iterator[tuple[str, str]]:
         if self._faulty:

@@ -80,6 +80,7 @@ class Scene:
     background: str
 
 
+@functools.lru_cache(256)  # whoever asks for a picture asks for its caption next
 def scene(split: str, index: int, seed: int = 0) -> Scene:
     """The scene number `index` of a split: the same for ever, and without end.
 

@@ -107,7 +107,7 @@ class ImageData(lit.Data):
             val = self.open(self.val_source, folder / "val", stage)
         check_sides(train, val)
         for part in (train, val):
-            part.images([0])  # scenes are drawn here, once, not in each loading process
+            part.keep()  # scenes are drawn here, once, not in each loading process
         self.train = Pictures(train, self.image_size, self.seed, self.augmented)
         self.val = Pictures(val, self.image_size, self.seed, augmented=False)
 

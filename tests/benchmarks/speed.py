@@ -313,7 +313,7 @@ def preparing(given: argparse.Namespace) -> list[dict[str, Any]]:
             for some in pictures.split(64):
                 tokenizer.encode(some.float() / 255)
 
-        works = {"prepare": whole, "drawing": lambda: open_pairs(SCENES, size).images([0]), "encoding": encoding}
+        works = {"prepare": whole, "drawing": lambda: open_pairs(SCENES, size).keep(), "encoding": encoding}
         found = told(timed(works, given.repetitions), ["prepare"])
     return [{"what": what, "pictures/s": PICTURES / row["seconds"], **row} for what, row in found.items()]
 

@@ -71,6 +71,7 @@ def accounted(source):
         image, about = source.image(index), source.about(index)
         assert image.dtype == torch.uint8 and image.shape == (3, about.height, about.width)
         assert isinstance(source.captions(index), tuple) and len(source.digest(index)) == 64
+    assert source.captioned().tolist() == [bool(some) for some in captions(source)]
     if len(source):
         batch = source.images(range(len(source)))
         assert batch.shape == (len(source), 3, source.size, source.size) and batch.dtype == torch.uint8
@@ -489,14 +490,19 @@ def test_scenes():
     assert len(digests) == 40 and not digests & {other.digest(n) for n in range(40)}
 
 
-def test_scenes_are_drawn_once(monkeypatch):
+def test_scenes_that_are_kept_are_drawn_once_and_others_when_they_are_asked_for(monkeypatch):
     drawn = []
     draw = scenes.draw
     monkeypatch.setattr(scenes, "draw", lambda rows, size: (drawn.append(len(rows)), draw(rows, size))[1])
     source = data.open_source("scenes:train:300", size=8)
     assert drawn == []
-    source.images([299]), source.images(range(300)), source.image(5)
-    assert sum(drawn) == 300
+    asked = source.images([299]), source.images(range(7)), source.image(5)
+    assert drawn == [1, 7, 1] and source._kept is None
+    drawn.clear()
+    part, _ = data.split(source, 0.5)
+    part.keep(), source.keep()
+    again = source.images([299]), source.images(range(7)), source.image(5)
+    assert sum(drawn) == 300 and all(map(torch.equal, asked, again))
 
 
 def test_scenes_by_name():
