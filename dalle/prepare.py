@@ -4,16 +4,19 @@ The folder holds all that `dalle fit` needs and is the only thing it reads: trai
 copy of the image tokenizer in dvae/, and prepared.json, written last.
 """
 
-import itertools
 import json
+import math
+import os
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dalle.pairs import open_pairs
@@ -23,12 +26,14 @@ from dvae import artefact, files, seeds
 from dvae.data import Source, check_names, check_outside, check_sides, split
 from dvae.errors import ArtefactError, DataError, UserError, warn
 from dvae.images import crop_near_centre
+from dvae.loading import deaths_told, once
 from dvae.tokenizer import KIND, ImageTokenizer, load
 
 MANIFEST = "prepared.json"
 FORMAT = 2
 LONGEST = 256  # text ids of the paper
 UNFINISHED = "unfinished"  # marks a folder as ours to clear, until it is whole
+WORTH = 16  # batches that are worth the start of a loading process
 
 
 def vocab(
@@ -45,8 +50,10 @@ def vocab(
     """
     pairs = open_pairs(data, size=8, max_bad=max_bad)
     text = learn(pairs, size, length)
+    counts = Counter(lengths(text, map(pairs.captions, range(len(pairs)))))
+    text = shortened(text, counts) if length is None else text
     files.write_bytes(out, text.to_json().encode())
-    print(f"{describe(text, pairs)}\nwrote {out}")
+    print(f"{describe(text, counts)}\nwrote {out}")
 
 
 def prepare(
@@ -61,6 +68,7 @@ def prepare(
     length: int | None = None,
     crops: int = 1,
     batch: int = 64,
+    workers: int | None = None,
     max_bad: float = 0.01,
 ) -> None:
     """Turn pictures and captions into token files for `dalle fit`.
@@ -80,6 +88,8 @@ def prepare(
             training picture (the paper's listing 2, never flipped), of which training takes one at a time. Small sets
             are overfitted later so.
         batch: pictures encoded at a time.
+        workers: processes that load pictures while others are encoded; 0 loads in the encoding process; null: one for
+            each core but that one, and at most one for every 16 batches.
         max_bad: share of unusable rows up to which the work is done.
     """
     folder = Path(out)
@@ -91,6 +101,8 @@ def prepare(
         raise UserError("no image tokenizer is given", "name the run of stage 1: --dvae RUN")
     if batch < 1:
         raise UserError(f"batch is {batch}", "encode 1 picture or more at a time")
+    if workers is not None and workers < 0:
+        raise UserError(f"workers is {workers}", "0 loads in the process itself, 1 in another one beside it")
     if crops < 1:
         raise UserError(f"crops is {crops}", "encode 1 crop or more of each picture")
     words = None if text is None else vocabulary(text, length)
@@ -111,12 +123,17 @@ def prepare(
         shutil.rmtree(folder / part, ignore_errors=True)  # what an interrupted call has left
     identity = artefact.copy(artefact.find(dvae, KIND), folder / "dvae")
     tokenizer = load(folder / "dvae")  # the copy, for a training that goes on replaces the other
+    counts = {}
     for part, pairs in (("train", train), ("val", held)):
-        _encode(tokenizer, pairs, folder / part, crops if part == "train" else 1, batch)
+        processes = spare(-(-len(pairs) // batch)) if workers is None else workers
+        examples = Pairs(pairs, crops if part == "train" else 1)
+        counts[part] = _encode(tokenizer, words, examples, folder / part, batch, processes)
         for name, reason in pairs.skipped():
             print(f"skipped {name}: {reason}")
         print(f"{part}: {pairs.listed} listed, {len(pairs)} used, {pairs.listed - len(pairs)} skipped")
-    print(describe(words, train))
+    if text is None and length is None:
+        words = shortened(words, counts["train"])
+    print(describe(words, counts["train"]))
     files.write_bytes(folder / "text.json", words.to_json().encode())
     sizes = Sizes(words.vocab_size, words.text_length, tokenizer.vocab_size, tokenizer.grid)
     digest = files.sha256_file(folder / "text.json")
@@ -141,25 +158,24 @@ def vocabulary(name: str, length: int | None) -> Text:
 
 
 def learn(pairs: Source, size: int, length: int | None) -> Text:
-    """A vocabulary of at most `size` ids; without a `length`, of one that holds 99 % of the captions whole."""
-    text = Text.train(captions(pairs), size, LONGEST if length is None else length)
-    if length is not None:
-        return text
-    enough = int(np.quantile(lengths(text, pairs), 0.99, method="higher"))
+    """A vocabulary of at most `size` ids; without a `length`, of the longest one, to be `shortened`."""
+    return Text.train(captions(pairs), size, LONGEST if length is None else length)
+
+
+def shortened(text: Text, counts: Counter[int]) -> Text:
+    """With the ids per caption that 99 % of the captions need, LONGEST at most; `counts`: captions by their ids."""
+    last = math.ceil(0.99 * (counts.total() - 1))  # the place of the longest of them among all, sorted, from 0
+    ids = sorted(counts)
+    enough = ids[np.searchsorted(np.cumsum([counts[some] for some in ids]), last, side="right")]
     return Text(text.tokenizer, min(max(enough, 1), LONGEST))
 
 
-def describe(text: Text, pairs: Source) -> str:
-    each = lengths(text, pairs)
+def describe(text: Text, counts: Counter[int]) -> str:
+    cut = sum(captions for ids, captions in counts.items() if ids > text.text_length)
     return (
-        f"{len(each)} captions, a vocabulary of {text.vocab_size} ids, {text.text_length} of them per caption; "
-        f"the longest caption has {int(each.max())}, {int((each > text.text_length).sum())} will be cut"
+        f"{counts.total()} captions, a vocabulary of {text.vocab_size} ids, {text.text_length} of them per caption; "
+        f"the longest caption has {max(counts)}, {cut} will be cut"
     )
-
-
-def lengths(text: Text, pairs: Source) -> np.ndarray:
-    """int64: the ids of every caption before it is cut."""
-    return np.concatenate([text.lengths(some) for some in batched(captions(pairs))])
 
 
 def captions(pairs: Source) -> Iterator[str]:
@@ -168,32 +184,60 @@ def captions(pairs: Source) -> Iterator[str]:
         yield from pairs.captions(index)
 
 
-def batched(captions: Iterator[str], size: int = 10_000) -> Iterator[list[str]]:
-    while some := list(itertools.islice(captions, size)):
-        yield some
+def lengths(text: Text, rows: Iterable[Sequence[str]]) -> Iterator[int]:
+    """The ids of every caption of some rows before it is cut."""
+    for some in rows:
+        yield from text.lengths(some).tolist()
 
 
+def spare(batches: int) -> int:
+    """Loading processes that so many batches are worth, beside the one that encodes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores - 1, batches // WORTH)
+
+
+class Pairs(Dataset):
+    """Batches of one source: pictures uint8 `(B, C, 3, size, size)` and the captions of each.
+
+    Args:
+        crops: 1: the central square of each picture, C = 1; more: so many random crops near its centre.
+    """
+
+    def __init__(self, source: Source, crops: int):
+        self.source, self.crops = source, crops
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, rows: list[tuple[int, int]]) -> tuple[Tensor, list[tuple[str, ...]]]:
+        indices = [index for _, index in rows]
+        return self._images(indices), [self.source.captions(index) for index in indices]
+
+    def _images(self, indices: Sequence[int]) -> Tensor:
+        if self.crops == 1:
+            return self.source.images(indices)[:, None]
+        pictures = []
+        for index in indices:
+            image = self.source.image(index)
+            rngs = (seeds.rng("crop", crop, index) for crop in range(self.crops))
+            pictures.append(torch.stack([crop_near_centre(image, self.source.size, rng) for rng in rngs]))
+        return torch.stack(pictures)
+
+
+@deaths_told("often for want of memory: start again with fewer --workers (0: without any)")
 @torch.inference_mode()
-def _encode(tokenizer: ImageTokenizer, pairs: Source, folder: Path, crops: int, batch: int) -> None:
-    writer = TokenWriter(folder, tokenizer.grid, tokenizer.vocab_size, crops)
-    firsts = range(0, len(pairs), batch)
-    for first in tqdm(firsts, desc=f"encoding {folder.name}", unit="batch", leave=False, disable=None):
-        rows = range(first, min(first + batch, len(pairs)))
-        tokens = [tokenizer.encode(images.float() / 255) for images in _cropped(pairs, rows, crops).unbind(1)]
-        writer.write(torch.stack(tokens, 1), [pairs.captions(index) for index in rows])
+def _encode(
+    tokenizer: ImageTokenizer, text: Text, pairs: Pairs, folder: Path, batch: int, workers: int
+) -> Counter[int]:
+    """Write the tokens and captions of all pairs; returns the number of captions by their ids before they are cut."""
+    writer, counts = TokenWriter(folder, tokenizer.grid, tokenizer.vocab_size, pairs.crops), Counter()
+    batches, total = once(pairs, batch, workers), -(-len(pairs) // batch)
+    for crops, some in tqdm(batches, f"encoding {folder.name}", total, unit="batch", leave=False, disable=None):
+        tokens = [tokenizer.encode(images.float() / 255) for images in crops.unbind(1)]
+        writer.write(torch.stack(tokens, 1), some)
+        counts.update(lengths(text, some))
     writer.close()
-
-
-def _cropped(pairs: Source, rows: range, crops: int) -> Tensor:
-    """The crops of the pictures of some rows, uint8 `(B, C, 3, size, size)`: the central square where there is one."""
-    if crops == 1:
-        return pairs.images(rows)[:, None]
-    pictures = []
-    for row in rows:
-        image = pairs.image(row)
-        rngs = (seeds.rng("crop", crop, row) for crop in range(crops))
-        pictures.append(torch.stack([crop_near_centre(image, pairs.size, rng) for rng in rngs]))
-    return torch.stack(pictures)
+    return counts
 
 
 class Prepared:

@@ -9,7 +9,7 @@ N pictures, C crops, h w grid.
 
 import json
 import math
-from array import array
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +42,13 @@ class TokenWriter:
         if vocab_size > 1 << 16:
             raise DataError(f"{vocab_size} codes do not fit 16 bits", "use an image tokenizer of at most 65536 codes")
         self.folder, self.grid, self.vocab_size, self.crops = Path(folder), grid, vocab_size, crops
-        self.lines = array("q", [0])
+        self.pictures = self.end = 0
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "tokens.json").unlink(missing_ok=True)
         self.tokens = open(self.folder / "tokens.bin", "wb")
         self.captions = open(self.folder / "captions.jsonl", "wb")
+        self.lines = open(self.folder / "lines.bin", "wb")
+        self.lines.write(struct.pack("<q", 0))
 
     def write(self, tokens: Tensor, captions: Sequence[Sequence[str]]) -> None:
         """Rows of tokens `(B, C, h, w)` with the captions of each."""
@@ -54,14 +56,14 @@ class TokenWriter:
         self.tokens.write(tokens.numpy().astype("<u2").tobytes())
         for some in captions:
             line = json.dumps(list(some), ensure_ascii=False).encode() + b"\n"
-            self.captions.write(line)
-            self.lines.append(self.lines[-1] + len(line))
+            self.end += self.captions.write(line)
+            self.lines.write(struct.pack("<q", self.end))
+        self.pictures += len(captions)
 
     def close(self) -> None:
-        self.tokens.close()
-        self.captions.close()
-        np.array(self.lines, "<i8").tofile(self.folder / "lines.bin")
-        described = {"format": FORMAT, "pictures": len(self.lines) - 1, "crops": self.crops, "grid": self.grid}
+        for file in (self.tokens, self.captions, self.lines):
+            file.close()
+        described = {"format": FORMAT, "pictures": self.pictures, "crops": self.crops, "grid": self.grid}
         digests = {name: sha256_file(self.folder / name) for name in PARTS}
         write_json(self.folder / "tokens.json", {**described, "vocab_image": self.vocab_size, "sha256": digests})
 

@@ -1,25 +1,45 @@
 """Prepared folders hold what encoding gives, belong together, and are whole or not there."""
 
+import contextlib
+import gc
 import json
+import multiprocessing
+import os
+import pickle
 import resource
 import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import tracemalloc
+import weakref
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
 from dalle import prepare as room
 from dalle.__main__ import main
-from dalle.prepare import MANIFEST, Prepared, prepare, vocab
+from dalle.pairs import open_pairs
+from dalle.prepare import MANIFEST, UNFINISHED, Pairs, Prepared, prepare, vocab
 from dalle.text import Text
 from dvae import artefact, scenes, seeds
-from dvae.data import open_source, split
+from dvae.data import Scenes, open_source, split
 from dvae.errors import ArtefactError, DataError, UserError
 from dvae.files import sha256_file
 from dvae.images import crop_near_centre, save
 from dvae.model import DVAE
 from dvae.tokenizer import load
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def listing(folder) -> dict[str, bytes]:
@@ -131,9 +151,10 @@ def test_captions_that_will_be_cut_are_counted(tmp_path, tiny_dvae, words, capsy
     assert Prepared(tmp_path).sizes.text_length == length
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("calls", [1, 2, 4])
 def test_an_interrupted_call_leaves_nothing_that_loads_and_the_next_one_succeeds(
-    tmp_path, monkeypatch, tiny_tokens, tiny_dvae, words, calls
+    tmp_path, monkeypatch, tiny_tokens, tiny_dvae, words, calls, workers
 ):
     """The interruption comes at the first batch, in the middle of train, and in the middle of val."""
     out, left, encode = tmp_path / "out", [calls], DVAE.encode
@@ -148,7 +169,7 @@ def test_an_interrupted_call_leaves_nothing_that_loads_and_the_next_one_succeeds
     with monkeypatch.context() as patched:
         patched.setattr(DVAE, "encode", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            prepare(*arguments, batch=24)
+            prepare(*arguments, batch=24, workers=workers)
     with pytest.raises(DataError):
         Prepared(out)
     prepare(*arguments)
@@ -258,6 +279,7 @@ def test_wrong_inputs_leave_no_folder(tmp_path, tiny_dvae, words):
         (ArtefactError, {"dvae": str(tmp_path)}),
         (ArtefactError, {"text": str(tmp_path / "text.json")}),
         (UserError, {"batch": 0}),
+        (UserError, {"workers": -1}),
     ):
         given = {"data": "scenes:train:64", "dvae": str(tiny_dvae), "text": words, "out": str(out), **change}
         with pytest.raises(kind):
@@ -383,3 +405,213 @@ def test_looking_at_tokens_leaves_the_random_numbers_of_a_training_alone(tiny_to
     before = torch.get_rng_state()
     Prepared(tiny_tokens)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------------------------------------------- who does the work
+
+
+def pictures(folder, count=40):
+    """A folder of pictures of their own size, each with one or two captions."""
+    for k in range(count):
+        image = torch.from_numpy(np.random.default_rng(k).integers(0, 256, (3, 40 + k % 3, 36), np.uint8))
+        save(image, folder / f"{k:02d}.png")
+        (folder / f"{k:02d}.txt").write_text(f"picture number {k}\n" + "another word\n" * (k % 2))
+    return folder
+
+
+def tar(folder, source):
+    folder.mkdir()
+    with tarfile.open(folder / "shard.tar", "w") as archive:
+        for path in sorted(source.iterdir()):
+            archive.add(path, path.name)
+    return folder / "shard.tar"
+
+
+def parquet(folder, source):
+    folder.mkdir()
+    names = sorted(path.stem for path in source.glob("*.png"))
+    columns = {
+        "image": [{"bytes": (source / f"{name}.png").read_bytes(), "path": None} for name in names],
+        "text": [(source / f"{name}.txt").read_text().splitlines() for name in names],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+@pytest.fixture(params=["scenes", "folder", "tar", "parquet"])
+def source(request, tmp_path, monkeypatch) -> str:
+    """A name of a data source of 40 pairs, of each kind that is read in its own way."""
+    if request.param == "scenes":
+        return "scenes:train:40"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = pictures(tmp_path / "pictures")
+    makers = {"folder": lambda _, there: there, "tar": tar, "parquet": parquet}
+    return str(makers[request.param](tmp_path / "data", folder))
+
+
+def test_whoever_loads_the_pictures_the_folder_is_the_same(tmp_path, tiny_dvae, source, capsys):
+    said = {}
+    for workers, batch in ((0, 64), (0, 6), (1, 6), (2, 5)):
+        out = tmp_path / f"{workers} {batch}"
+        prepare(source, str(tiny_dvae), out=str(out), val_share=0.3, size=280, crops=2, batch=batch, workers=workers)
+        said[out] = capsys.readouterr().out.replace(str(out), "out"), listing(out)
+    first, *others = said.values()
+    assert others == [first] * 3
+
+
+def test_what_a_loading_process_needs_survives_the_way_to_it(source):
+    """Where processes are not forked, all is pickled."""
+    train, _ = split(open_pairs(source, 32), 0.3)
+    here, there = Pairs(train, 2), pickle.loads(pickle.dumps(Pairs(train, 2)))
+    rows = [(0, 3), (0, 0)]
+    (images, captions), (others, words) = here.__getitems__(rows), there.__getitems__(rows)
+    assert torch.equal(images, others) and captions == words and images.shape == (2, 2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unusable_rows_are_told_and_counted(tmp_path, tiny_dvae, workers, capsys):
+    folder = pictures(tmp_path / "pictures")
+    (folder / "07.png").write_bytes((folder / "07.png").read_bytes()[:90])
+    (folder / "09.txt").write_text(" ")
+    arguments = {"val": "scenes:val:4", "size": 280, "batch": 6, "max_bad": 0.1, "workers": workers}
+    prepare(str(folder), str(tiny_dvae), out=str(tmp_path / "out"), **arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("skipped")] == [
+        "skipped 07.png: truncated", "skipped 09.png: no caption"
+    ]  # fmt: skip
+    assert "train: 40 listed, 38 used, 2 skipped" in lines and "val: 4 listed, 4 used, 0 skipped" in lines
+    assert len(Prepared(tmp_path / "out").train) == 38
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_changes_meanwhile_is_named(tmp_path, monkeypatch, tiny_dvae, words, workers, capsys):
+    folder, encode = pictures(tmp_path / "pictures"), DVAE.encode
+
+    def meanwhile(self, images):
+        (folder / "38.png").write_bytes((folder / "37.png").read_bytes())
+        return encode(self, images)
+
+    monkeypatch.setattr(DVAE, "encode", meanwhile)
+    arguments = ["prepare", folder, "--dvae", tiny_dvae, "--text", words, "--val", "scenes:val:4", "--batch", 2]
+    assert main([*map(str, arguments), "--out", str(tmp_path / "out"), "--workers", str(workers)]) == 3
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {folder}: 38.png changed since it was examined (other bytes)\nhint: bring")
+    assert said.count("\n") == 2 and (tmp_path / "out" / UNFINISHED).exists()
+
+
+def test_a_loading_process_that_dies_is_told(tmp_path, monkeypatch, tiny_dvae, words, capsys):
+    encode = DVAE.encode
+
+    def killing(self, images):
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        return encode(self, images)
+
+    arguments = ["prepare", "scenes:train:64", "--dvae", str(tiny_dvae), "--text", words, "--batch", "2"]
+    arguments += ["--workers", "1", "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patched:
+        patched.setattr(DVAE, "encode", killing)
+        assert main(arguments) == 5
+    said = capsys.readouterr().err
+    assert said.startswith("error: a loading process died: ") and "fewer --workers" in said and said.count("\n") == 2
+    assert main(arguments) == 0
+
+
+def test_ctrl_c_reaches_all_processes_and_leaves_a_folder_to_be_cleared(tmp_path, tiny_dvae, words):
+    out = tmp_path / "out"
+    arguments = ["prepare", "scenes:train:20000", "--dvae", str(tiny_dvae), "--text", words, "--out", str(out)]
+    arguments += ["--val", "scenes:val:8", "--batch", "1", "--workers", "2"]
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job has none
+    program += "import sys, dalle.__main__; sys.exit(dalle.__main__.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        written = out / "train" / "tokens.bin"
+        while process.poll() is None and not (written.exists() and written.stat().st_size):
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # as it should be: nobody is left
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130 and said == ""
+    assert (out / UNFINISHED).exists() and not (out / "train" / "tokens.json").exists()
+    with pytest.raises(DataError):
+        Prepared(out)
+
+
+def test_by_itself_it_starts_processes_where_they_are_worth_it(tmp_path, monkeypatch, tiny_dvae, words):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    assert [room.spare(batches) for batches in (0, 1, 15, 16, 47, 48, 10_000)] == [0, 0, 0, 1, 2, 3, 3]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1), raising=False)
+    assert room.spare(10_000) == 0
+    monkeypatch.delattr(os, "sched_getaffinity")  # which not every system has
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert room.spare(10_000) == 2
+    asked, real = [], room.once
+    monkeypatch.setattr(room, "once", lambda pairs, batch, workers: (asked.append(workers), real(pairs, batch, 0))[1])
+    arguments = ("scenes:train:64", str(tiny_dvae), words)
+    for name, settings in (("few", {}), ("many", {"batch": 4}), ("none", {"batch": 4, "workers": 0})):
+        prepare(*arguments, str(tmp_path / name), "scenes:val:8", **settings)
+    assert asked == [0, 0, 1, 0, 0, 0]
+
+
+# --------------------------------------------------------------------------------------------- what it reads and keeps
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_captions_are_read_once_to_learn_their_words_and_once_to_be_written(
+    tmp_path, monkeypatch, tiny_dvae, words, learned
+):
+    read, captions = Counter(), Scenes.captions
+    monkeypatch.setattr(Scenes, "captions", lambda self, k: (read.update([(self.name, k)]), captions(self, k))[1])
+    text = None if learned else words
+    prepare("scenes:train:64", str(tiny_dvae), text, str(tmp_path), "scenes:val:8", size=280, batch=16, workers=0)
+    seen = {("scenes:train:64", k): 1 + learned for k in range(64)} | {("scenes:val:8", k): 1 for k in range(8)}
+    looked_at = Counter({("scenes:train:64", 0): 2, ("scenes:train:64", 1): 1})  # whether all are the same
+    assert read == Counter(seen) + looked_at
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch, tiny_dvae):
+    held, alive, drawn = [], [], []
+    captions, draw = Scenes.captions, scenes.draw
+
+    def read(self, index):
+        if index == len(self) - 1:
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
+        return captions(self, index)
+
+    def counted(rows, size):
+        alive.append(sum(picture() is not None for picture in drawn))
+        made = draw(rows, size)
+        drawn.append(weakref.ref(made))
+        return made
+
+    def bytes_held(count, out):
+        """When the last caption is read: by the learning of the vocabulary, by the writing, and of the validation."""
+        held.clear()
+        tracemalloc.start()
+        settings = {"val": "scenes:val:8", "size": 280, "batch": 50, "workers": 0}
+        prepare(f"scenes:train:{count}", str(tiny_dvae), out=str(tmp_path / out), **settings)
+        tracemalloc.stop()
+        return np.array(held)
+
+    monkeypatch.setattr(Scenes, "captions", read)
+    bytes_held(300, "first")  # what is held once and for all
+    small, large = bytes_held(300, "small"), bytes_held(1100, "large")
+    grown = (large - small) / 800
+    assert grown.shape == (3,) and grown.max() < 60, f"{grown} bytes a row; a caption has more than 100"
+    monkeypatch.setattr(scenes, "draw", counted)
+    bytes_held(400, "drawn")
+    assert len(alive) == 9 and max(alive) <= 1, "a picture is given up when it is encoded"
+
+
+def test_99_percent_is_the_quantile_of_all_lengths():
+    text = Text.train(["a few words"], 256, 16)
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        each = rng.integers(0, rng.integers(1, 300), rng.integers(1, 500))
+        expected = int(np.quantile(each, 0.99, method="higher"))
+        assert room.shortened(text, Counter(each.tolist())).text_length == min(max(expected, 1), room.LONGEST)
