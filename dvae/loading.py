@@ -9,8 +9,10 @@ nor of Lightning.
 
 import contextlib
 import signal
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from types import TracebackType
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -40,6 +42,13 @@ def deaf(worker: int) -> None:
     """A Ctrl-C or a termination may reach the loading processes too; only their parent decides what it means."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = but_orphaned
+
+
+def but_orphaned(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Tell what went wrong in a loading process, unless it is only that its parent ended amid a batch."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 class Once:

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 import tracemalloc
 import weakref
 from collections import Counter
@@ -529,7 +528,8 @@ def test_ctrl_c_reaches_all_processes_and_leaves_a_folder_to_be_cleared(tmp_path
     try:
         written = out / "train" / "tokens.bin"
         while process.poll() is None and not (written.exists() and written.stat().st_size):
-            time.sleep(0.05)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.05)
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=60)
     finally:

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dvae import loading
 from dvae.errors import DataError, EnvironmentProblem
-from dvae.loading import deaths_told, loader, once
+from dvae.loading import but_orphaned, deaths_told, loader, once
 
 
 class Squares(Dataset):
@@ -86,3 +87,11 @@ def test_more_processes_than_cores_are_the_users_choice():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loader(Squares(3), [[(0, 1)]], workers=1000)
+
+
+def test_a_loading_process_says_nothing_of_the_end_of_its_parent(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "__excepthook__", lambda *what: told.append(what[0]))
+    for error in (ConnectionResetError(), EOFError(), ValueError(), MemoryError()):
+        but_orphaned(type(error), error, None)
+    assert told == [ValueError, MemoryError]
