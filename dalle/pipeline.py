@@ -86,10 +86,12 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
     @property
     def packed(self) -> DALLE | Replayed:
         """The model as it draws and scores; made when it is first asked for, and again when weights have changed."""
-        weights = [(weight.data_ptr(), weight._version) for weight in self.model.parameters()]
+        known = list(self.model.parameters())
+        weights = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in known]
         if self._packed is None or self._packed[0] != weights:
             fast = packed(self.model, self.precision)
-            self._packed = weights, Replayed(fast) if self.model.start.is_cuda else fast
+            trained = known[0].requires_grad  # and soon other: compiling would not pay
+            self._packed = weights, Replayed(fast) if known[0].is_cuda and not trained else fast
         return self._packed[1]
 
     @property

@@ -61,6 +61,11 @@ def test_a_changed_weight_is_drawn_with(tiny_dalle):
     assert pipeline.packed is not packed and [p.score for p in after] != [p.score for p in before]
 
 
+def test_a_pipeline_may_be_loaded_where_nothing_is_recorded(tiny_dalle, pipeline):
+    with torch.inference_mode():
+        assert same(load(tiny_dalle)(CAPTION, count=4), pipeline(CAPTION, count=4))
+
+
 def test_bfloat16_is_asked_for_when_loading(tiny_dalle):
     narrow = load(tiny_dalle, precision="bfloat16")
     assert narrow.packed.blocks[0].mlp.out.weight.dtype == torch.bfloat16
