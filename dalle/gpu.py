@@ -59,7 +59,8 @@ class Still(KVCache):
 
     def store(self, layer: int) -> Place:
         kind, room = self.kinds[layer], self.rooms[layer]
-        window = self.tables[kind][0][self.cell[0]] + room if room else None
+        # not by [self.cell[0]]: a number would be read from the device, which waits for it and cannot be captured
+        window = self.tables[kind][0].index_select(0, self.cell)[0] + room if room else None
         end = self.first + room if room else self.end
         return Place(self.stored[layer], self.first + room + self.cell, window, self.first, end)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dalle.model import DALLE
 from dvae.errors import UserError, warn
+from dvae.forecast import fast_bfloat16
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -94,5 +95,5 @@ def check_precision(precision: str) -> str:
 
 def _has_bfloat16(kind: str) -> bool:
     if kind == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return kind != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return kind != "cpu" or fast_bfloat16()

@@ -293,7 +293,6 @@ def load(run: str | Path, precision: str = "float32") -> Pipeline:
     Raises:
         ArtefactError: it is missing, damaged, of another kind, or its two stages do not belong together.
     """
-    check_precision(precision)
     model, found = load_model(run)
     c = model.config
     for role in ("text", "captions"):

@@ -183,6 +183,11 @@ def available(device: torch.device, system: Path = Path("/")) -> int | None:
     return min(bounds)
 
 
+def fast_bfloat16() -> bool:
+    """Whether torch's kernels for this CPU take bfloat16; true where they cannot be asked."""
+    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def size(count: int) -> str:
     """Bytes for people."""
     return f"{count / 2**20:,.0f} MiB" if count < 10 * 2**30 else f"{count / 2**30:,.1f} GiB"

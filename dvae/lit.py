@@ -47,6 +47,7 @@ from dvae.commands import Plain, find_config
 from dvae.data import Endless
 from dvae.errors import ArtefactError, DataError, EnvironmentProblem, NumericsError, Stopped, UserError, warn
 from dvae.files import replacing, sweep, write_json
+from dvae.forecast import fast_bfloat16
 from dvae.loading import Once, deaths_told, loader
 from dvae.optim import Optimiser, StepSize
 
@@ -341,11 +342,6 @@ def supported(precision: Any, accelerator: str) -> Any:
     if (device, asked) == ("cpu", "bf16-mixed") and not fast_bfloat16():
         tell("this CPU computes slowly in bfloat16", "--trainer.precision 32-true is likely to be faster")
     return precision
-
-
-def fast_bfloat16() -> bool:
-    """Whether torch's kernels for this CPU take bfloat16; true where they cannot be asked."""
-    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def foretell(trainer: Trainer, module: Lit, batch_size: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dalle import gpu
-from dalle.gpu import Replayed, compiled, sparse, windows
+from dalle.gpu import Replayed, Still, compiled, sparse, windows
 from dalle.layout import KINDS, Layout
 from dalle.model import DALLE, DALLEConfig
 from dalle.packing import packed
@@ -70,6 +70,17 @@ def test_replayed_pictures_are_the_models(replays):
     plain, fast = sample(model, text, 5, **settings), sample(Replayed(model), text, 5, **settings)
     assert torch.equal(plain.tokens, fast.tokens)
     torch.testing.assert_close(plain.logprobs, fast.logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("patterns", [KINDS, ("full",) * 4])
+def test_a_still_step_reads_no_number_from_the_device(patterns):
+    """As a CUDA graph must not; the device "meta" has none that could be read."""
+    model = random_model(patterns).to("meta")
+    model._logits = lambda x, head: head(model.norm(x))  # "meta" has no autocast that could be switched off
+    cache = model.prefill(torch.zeros(3, T, dtype=torch.int64, device="meta"))
+    cell = torch.zeros(1, dtype=torch.int64, device="meta")
+    logits = model.step(torch.zeros(3, dtype=torch.int64, device="meta"), cell, Still(cache, cell, end=32))
+    assert logits.shape == (3, K)
 
 
 def test_windows_are_those_of_the_layout():
