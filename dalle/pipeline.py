@@ -289,7 +289,7 @@ def load(run: str | Path, precision: str = "float32") -> Pipeline:
     """The pipeline of a run folder or an artefact folder. No code of the artefact runs, and no pickle is read.
 
     Args:
-        precision: that it draws and scores in: float32, or bfloat16, which is faster (`dalle.packing`).
+        precision: that it draws and scores in: float32, or the faster bfloat16 and int8 (`dalle.packing`).
     Raises:
         ArtefactError: it is missing, damaged, of another kind, or its two stages do not belong together.
     """

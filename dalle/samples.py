@@ -47,7 +47,8 @@ def sample(
         rerank: none, likelihood, pmi, half-pmi, contrast, caption, each but the first also as NAME-seen, or combined;
             null: combined where the model captions, half-pmi or likelihood elsewhere.
         prune: leave hopeless candidates behind on the way: best of 64 for less than the half of its work.
-        precision: float32, or bfloat16: faster, and a seed's pictures are then others than in float32.
+        precision: float32, bfloat16 or int8, each faster than the one before it and rougher: a seed's pictures are then
+            others.
         seed: the same seed draws the same pictures.
         exact: bit-equal pictures whatever is drawn beside them; slower.
         out: folder for the pictures, a labelled grid and a JSON of how they were made.

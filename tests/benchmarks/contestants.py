@@ -116,10 +116,16 @@ class Ours:
         return found.text / 8 + 7 / 8 * found.image
 
 
-class OursNarrow(Ours):
-    """The same with reduced-precision weights, for drawing."""
+class OursBfloat16(Ours):
+    """The same with weights of 16 bits, for drawing."""
 
     precision, loss = "bfloat16", None
+
+
+class OursInt8(Ours):
+    """The same with weights of 8 bits, for drawing."""
+
+    precision, loss = "int8", None
 
 
 def started(text: Tensor) -> Tensor:
@@ -217,7 +223,13 @@ class Plain:
         return F.cross_entropy(self.model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
 
-CONTESTANTS: dict[str, type[Contestant]] = {"ours": Ours, "ours, bfloat16": OursNarrow, "gpt-2": GPT2, "plain": Plain}
+CONTESTANTS: dict[str, type[Contestant]] = {
+    "ours": Ours,
+    "ours, bfloat16": OursBfloat16,
+    "ours, int8": OursInt8,
+    "gpt-2": GPT2,
+    "plain": Plain,
+}
 
 # ---------------------------------------------------------------------------------------------------------- the bounds
 

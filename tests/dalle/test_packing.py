@@ -6,7 +6,7 @@ from torch import nn
 
 from dalle import packing
 from dalle.model import DALLE, DALLEConfig
-from dalle.packing import Narrow, Packed, packed
+from dalle.packing import PRECISIONS, Int8, Narrow, Packed, packed
 from dalle.sampling import sample
 from dvae.errors import UserError
 
@@ -58,26 +58,48 @@ def test_the_same_pictures_are_drawn(model):
     torch.testing.assert_close(plain.logprobs, fast.logprobs, atol=2e-5, rtol=0)
 
 
-def test_exact_is_bit_equal_when_packed(model):
-    fast, text, null = packed(model, "bfloat16"), batch(2)[0], torch.arange(V - T, V)[None]
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_exact_is_bit_equal_when_packed(model, precision):
+    fast, text, null = packed(model, precision), batch(2)[0], torch.arange(V - T, V)[None]
     alone = sample(fast, text[1:], 3, null_ids=null, exact=True, seeds=5)
     beside = sample(fast, text, 9, null_ids=null, exact=True, seeds=[4, 5])
     assert torch.equal(alone.tokens, beside.tokens[9:12]) and torch.equal(alone.logprobs, beside.logprobs[9:12])
 
 
-def test_bfloat16_changes_the_probabilities_within_a_bound(model):
-    """By less than autocast does, for states, keys and values stay in float32."""
+def test_rougher_precisions_change_the_probabilities_within_a_bound(model):
+    """bfloat16 by less than autocast does, for states, keys and values stay in float32."""
     (text, image), logs = batch(16), {}
-    logs["float32"] = model(text, image).image.log_softmax(-1)
-    logs["bfloat16"] = by_steps(packed(model, "bfloat16"), text, image).log_softmax(-1)
+    expected = model(text, image).image.log_softmax(-1)
+    for precision in PRECISIONS:
+        logs[precision] = by_steps(packed(model, precision), text, image).log_softmax(-1)
     with torch.autocast("cpu", torch.bfloat16):
         logs["autocast"] = model(text, image).image.log_softmax(-1)
-    divergence = {
-        name: float((logs["float32"].exp() * (logs["float32"] - other)).sum(-1).mean()) for name, other in logs.items()
-    }
-    assert 0 < divergence["bfloat16"] <= 1.1 * divergence["autocast"]
-    assert divergence["bfloat16"] < 1e-4  # nats
-    assert (logs["bfloat16"] - logs["float32"]).abs().max() < 0.1
+    nats = {name: float((expected.exp() * (expected - other)).sum(-1).mean()) for name, other in logs.items()}
+    assert 0 < nats["bfloat16"] <= 1.1 * nats["autocast"] and nats["bfloat16"] < 1e-4
+    assert (logs["bfloat16"] - expected).abs().max() < 0.1
+    assert nats["bfloat16"] < nats["int8"] < 1e-3
+    assert (logs["int8"] - expected).abs().max() < 0.3
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no products of int8")
+def test_int8_multiplies_whole_numbers_and_knows_no_neighbours():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(48, 33), torch.randn(7, 2, 48) * torch.logspace(-3, 3, 14).view(7, 2, 1)
+    nn.init.zeros_(linear.weight[3])  # a unit of 0 would divide by 0
+    x[1, 1] = 0
+
+    def rounded(rows):
+        units = rows.double().abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+        return (rows.double() / units).round() * units
+
+    fast = Int8(linear.requires_grad_(False))
+    expected = rounded(x) @ rounded(linear.weight).T + linear.bias
+    torch.testing.assert_close(fast(x).double(), expected, atol=0, rtol=1e-4)
+    assert torch.equal(fast(x)[1, 1], linear.bias)
+    assert all(torch.equal(fast(x[k : k + 1]), fast(x)[k : k + 1]) for k in range(7))
+    x[2, 0, 5], x[3, 1, 4] = torch.nan, torch.inf
+    finite = fast(x).isfinite().all(-1)
+    assert (~finite).nonzero().tolist() == [[2, 0], [3, 1]]
 
 
 def test_without_one_dnn_bfloat16_is_what_autocast_computes(model, monkeypatch):
@@ -100,12 +122,32 @@ def test_only_matrices_are_copied_and_nothing_of_the_model_changes(model):
     assert packed(model.double()) is model  # other dtypes are computed as they are
 
 
-def test_a_machine_without_bfloat16_draws_in_float32_and_says_so(model, monkeypatch, capsys):
-    monkeypatch.setattr(packing, "_has_bfloat16", lambda kind: False)
-    fast, (text, image) = packed(model, "bfloat16"), batch()
-    told = capsys.readouterr().err.strip().splitlines()
-    assert len(told) == 2 and "bfloat16" in told[0]
-    torch.testing.assert_close(fast(text, image), model(text, image), atol=2e-5, rtol=0)
+@pytest.mark.parametrize("asked, lacks, used", [
+    ("bfloat16", {"bfloat16"}, "float32"), ("int8", {"int8"}, "bfloat16"), ("int8", {"int8", "bfloat16"}, "float32"),
+])  # fmt: skip
+def test_a_machine_without_a_precision_takes_the_next_and_says_so(model, asked, lacks, used, monkeypatch, capsys):
+    expected, (text, image) = packed(model, used), batch()
+    monkeypatch.setattr(packing, "_has", lambda precision, model: precision not in lacks)
+    fast, told = packed(model, asked), capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 2 and f"--precision {used}" in told[1]
+    assert f"multiplies no {asked}: drawing in {used}" in told[0]
+    assert all(torch.equal(*both) for both in zip(fast(text, image), expected(text, image), strict=True))
+
+
+def test_which_precisions_there_are_is_asked_of_the_machine(model, monkeypatch):
+    def found():
+        return [precision for precision in PRECISIONS if packing._has(precision, model)]
+
+    monkeypatch.setattr(packing, "fast_bfloat16", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    assert found() == ["float32", "bfloat16", "int8"]
+    monkeypatch.setattr(packing, "fast_bfloat16", lambda: False)
+    assert found() == ["float32", "int8"]
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert found() == ["float32"]
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert found() == ["float32"]
 
 
 def test_unknown_precisions_are_refused(model):
