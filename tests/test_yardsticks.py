@@ -12,6 +12,7 @@ from dalle.text import Text
 from dvae import scenes
 from dvae.data import open_source
 from dvae.errors import DataError, UserError
+from dvae.inspect import load_features
 
 
 def tool(name):
@@ -180,3 +181,9 @@ def test_a_judge_asks_for_all_attributes_and_is_saved(tmp_path):
     assert judge.kind.read(said) != seen or judge.judge(real[:1], [said]) == [True]
     with pytest.raises(DataError, match="red apple"):
         judge.judge(real[:1], ["red apple"])
+    features = load_features(str(tmp_path / "judge.pt2"))
+    for some in (real, real[:1], torch.rand(5, 3, 64, 64)):
+        found = features(some)
+        assert found.shape == (len(some), 16)
+        logits = [head(found) for head in judge.net.heads]
+        torch.testing.assert_close(logits, judge.net(some))

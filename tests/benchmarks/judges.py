@@ -7,7 +7,7 @@ Scenes have an exact judge (`dvae.scenes.judge`); photos and emoji have none. He
 from nothing on the real training pictures of the same split as stages 1 and 2, which reads a caption by closed lists as
 one value for each of some attributes. A picture shows its caption if it is classified as all of them. How far such a
 judge may be trusted is measured on real pictures that it has not seen, and on their reconstructions by stage 1
-(`--dvae`). Writes OUT.safetensors and OUT.json.
+(`--dvae`). Writes OUT.safetensors, OUT.json and OUT.pt2, the net without its heads, for `evaluate --features`.
 
 B batch, M pictures, S side of a picture in pixels.
 """
@@ -153,10 +153,25 @@ class Net(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.features(images)
+        return [head(x) for head in self.heads]
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the heads read, `(B, D)`."""
         x = ((images - 0.5) / 0.25).contiguous(memory_format=torch.channels_last)
         x = self.parts(self.first(x))
-        x = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
-        return [head(x) for head in self.heads]
+        return torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
+
+
+class Features(nn.Module):
+    """The net without its heads, as a module of its own."""
+
+    def __init__(self, net: Net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net.features(images)
 
 
 class Judge:
@@ -197,10 +212,13 @@ class Judge:
         return self.right(images, captions).all(1).tolist()
 
     def save(self, file: str | Path) -> None:
-        """Write FILE.safetensors and FILE.json."""
+        """Write FILE.safetensors, FILE.json, and FILE.pt2: pictures `(B, 3, S, S)` in [0, 1] -> features `(B, D)`."""
         tensors = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
         files.write_bytes(f"{file}.safetensors", safetensors.torch.save(tensors))
         files.write_json(f"{file}.json", {"kind": self.name, "about": self.about})
+        some = torch.zeros(2, 3, self.kind.size, self.kind.size)
+        program = torch.export.export(Features(self.net), (some,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        torch.export.save(program, f"{file}.pt2")
 
 
 def load(file: str | Path) -> Judge:

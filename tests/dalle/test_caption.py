@@ -194,7 +194,7 @@ def test_ln_p_of_a_text_is_that_of_the_first_order(model):
         (sampled, dict(top_k=8), "top_k"), (sampled, dict(top_p=0.0), "top_p"), (sampled, dict(seed=-1), "seed"),
         (sampled, dict(seed=2**63), "seed"),
     ],
-    ids=str,
+    ids=lambda given: getattr(given, "__name__", str(given)),
 )  # fmt: skip
 def test_settings_out_of_their_range(model, find, settings, what):
     with pytest.raises(UserError, match=what) as caught:
