@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle.pipeline import Pipeline
-from dalle.rerank import WEIGHTS
 from dalle.sampling import Sampled
 from dvae import scenes, seeds
 from dvae.images import to_uint8
@@ -199,13 +198,13 @@ def draw_and_judge(
     )
 
 
-def fit(drawn: Sequence[Candidates], names: Sequence[str], ridge: float = 0.01) -> dict[str, float]:
+def fit(drawn: Sequence[Candidates], names: Sequence[str], ridge: float = 0.01) -> dict[str, float] | None:
     """Weights of the scores in `combined`, from candidates that were judged.
 
     The model of choice is a softmax over the candidates of a prompt of the weighted sum of their scores; what is made
     likely is that a true one is chosen (conditional logit). Prompts whose candidates are all true, or none, teach
-    nothing; where there are no others, the default weights come back. Weights are not negative: a score that seems to
-    mislead on so few prompts is left out rather than turned.
+    nothing; where there are no others, there are no weights. They are not negative: a score that seems to mislead on so
+    few prompts is left out rather than turned.
 
     Args:
         names: of the scores.
@@ -216,7 +215,7 @@ def fit(drawn: Sequence[Candidates], names: Sequence[str], ridge: float = 0.01) 
     exact = torch.cat([part.exact for part in drawn])
     useful = exact.any(1) & ~exact.all(1)
     if not useful.any():
-        return dict(WEIGHTS)
+        return None
     scores, exact = scores[useful], exact[useful]
     centred = scores - scores.mean(1, keepdim=True)
     unit = centred.square().mean((0, 1)).sqrt().clamp_min(1e-9)

@@ -146,9 +146,10 @@ def measure(folder: Path, seed: int, quick: bool, clock: dict[str, float]) -> di
         if drawer.model.config.both_orders:
             judged = [candidates for both in drawn.values() for candidates in both]
             weights = fit(judged, FITTED)  # the same for all settings, for a user may draw with others
-            for candidates in judged:
-                candidates.scores[COMBINED] = sum(w * candidates.scores[name] for name, w in weights.items())
-            drawer, names = with_weights(folder / "dalle" / "model", drawer, weights), (*names, COMBINED)
+            if weights is not None:
+                for candidates in judged:
+                    candidates.scores[COMBINED] = sum(w * candidates.scores[name] for name, w in weights.items())
+                drawer, names = with_weights(folder / "dalle" / "model", drawer, weights), (*names, COMBINED)
         options = []
         for settings, both in drawn.items():
             for ranker in both[0].scores:

@@ -23,7 +23,7 @@ from torch import Tensor
 from dalle.gpu import Replayed
 from dalle.model import DALLE, DALLEConfig
 from dalle.packing import check_precision, packed
-from dalle.rerank import COMBINED, NAMES, SEEN, WEIGHTS, Evidence, Scorer, distinct_first, partly, rank, scorer, stages
+from dalle.rerank import COMBINED, NAMES, SEEN, Evidence, Scorer, distinct_first, partly, rank, scorer, stages
 from dalle.sampling import Blend, Sampled, sample, sample_pruned
 from dalle.text import Text
 from dvae import artefact
@@ -62,7 +62,7 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
         captions: a sample of those that it was trained on.
         source: where it was loaded from.
         knows_null: whether it was trained with dropped captions, so that guidance, pmi and half-pmi mean something.
-        weights: of the scores in `combined`, fitted for this model; None for those of `dalle.rerank.WEIGHTS`.
+        weights: of the scores in `combined`, fitted for this model; None for the default (`dalle.rerank`).
         precision: that it draws and scores in, see `dalle.packing`.
     """
 
@@ -79,7 +79,7 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
     ):
         self.model, self.text, self.tokenizer, self.precision = model, text, tokenizer, check_precision(precision)
         self.captions, self.source, self.knows_null = list(captions), source, knows_null
-        self.fitted = None if weights is None else dict(weights)
+        self.weights = None if weights is None else dict(weights)
         self.captions_ids = text.encode(self.captions)
         self._packed: tuple[list[tuple[int, int]], DALLE | Replayed] | None = None
 
@@ -98,14 +98,9 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
     def ranker(self) -> str:
         """By what pictures are ranked unless told otherwise: combined where weights were fitted or the model captions,
         half-pmi where it does not, likelihood where it never learned the null prompt either."""
-        if self.fitted is not None or self.model.config.both_orders:
+        if self.weights is not None or self.model.config.both_orders:
             return COMBINED
         return "half-pmi" if self.knows_null else "likelihood"
-
-    @property
-    def weights(self) -> dict[str, float] | None:
-        """Of the scores in `combined`: those fitted for this model, else the default of models of both orders."""
-        return self.fitted if self.fitted is not None or not self.model.config.both_orders else dict(WEIGHTS)
 
     def scorer(self, name: str) -> Scorer:
         """The scorer of that name, see `dalle.rerank`."""
@@ -216,7 +211,7 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
 
     def _save_pretrained(self, save_directory: Path) -> None:
         about = artefact.load(self.source, KIND)
-        save(save_directory, self.model, self.text, self.captions, about.parts["dvae"], about.about, self.fitted)
+        save(save_directory, self.model, self.text, self.captions, about.parts["dvae"], about.about, self.weights)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, cache_dir: Any, force_download: bool, local_files_only: bool,

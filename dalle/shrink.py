@@ -31,7 +31,7 @@ def shrink(run: str, out: str = "small") -> None:
         about = artefact.verify(found.parts[KIND])["about"]
         _rounded(drawer.tokenizer).save(tokenizer, about)
         model, parts = _rounded(drawer.model), (drawer.text, drawer.captions, Path(tokenizer), found.about)
-        pipeline.save(folder, model, *parts, drawer.fitted)
+        pipeline.save(folder, model, *parts, drawer.weights)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"wrote {out}, {size / 1e6:.1f} MB")
 

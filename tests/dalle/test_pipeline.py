@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -14,7 +15,6 @@ import dalle
 from dalle.__main__ import main
 from dalle.model import DALLE
 from dalle.pipeline import KIND, Pipeline, load, save
-from dalle.rerank import WEIGHTS
 from dalle.shrink import shrink
 from dalle.text import Text
 from dvae import artefact
@@ -343,10 +343,13 @@ def both_orders(pipeline, folder, weights=None) -> Pipeline:
 
 def test_a_model_that_captions_ranks_by_combined_and_fitted_weights_are_kept(tmp_path, pipeline):
     plain = both_orders(pipeline, tmp_path / "plain")
-    assert plain.ranker == "combined" and plain.weights == WEIGHTS and plain.fitted is None
-    scores = {p.number: p.score for p in plain(CAPTION, 6, 6, guidance=1.5)}
-    parts = {name: {p.number: p.score for p in plain(CAPTION, 6, 6, guidance=1.5, rerank=name)} for name in WEIGHTS}
-    expected = {k: sum(weight * parts[name][k] for name, weight in WEIGHTS.items()) for k in scores}
+    assert plain.ranker == "combined" and plain.weights is None
+    scores, caption, likelihood = (
+        {p.number: p.score for p in plain(CAPTION, 6, 6, guidance=1.5, rerank=name)}
+        for name in (None, "caption", "likelihood")
+    )
+    mean, deviation = statistics.fmean(likelihood.values()), statistics.pstdev(likelihood.values())
+    expected = {k: caption[k] + 0.4 * (likelihood[k] - mean) / deviation for k in scores}
     assert scores == pytest.approx(expected, abs=1e-3)
 
     weights = {"caption-seen": 1.0, "half-pmi": 0.25}
@@ -391,11 +394,9 @@ def test_pruned_pictures_are_the_unpruned_ones(pipeline):
 
 
 def test_a_model_of_one_order_is_not_asked_to_caption(pipeline):
-    for name in ("caption", "caption-seen"):
+    for name in ("caption", "caption-seen", "combined"):
         with pytest.raises(UserError, match="does not caption"):
             pipeline(CAPTION, 2, 1, rerank=name)
-    with pytest.raises(UserError, match="no weights"):
-        pipeline(CAPTION, 2, 1, rerank="combined")
 
 
 @pytest.mark.parametrize("caption", ["", " \t\n"])

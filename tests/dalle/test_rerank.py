@@ -138,11 +138,23 @@ def test_combined_is_the_weighted_sum_and_repaints_once(model, drawn):
     assert asked == [7]
     expected = sum(w * scorer(name, **given)(model, caption(1, 2, 3), drawn) for name, w in weights.items())
     torch.testing.assert_close(found, expected)
-    with pytest.raises(UserError, match="no weights"):
-        scorer("combined", **given)
     for lacking in ({"contrast": 1.0}, {"likelihood": 1.0, "contrast-seen": 0.1}):
         with pytest.raises(UserError, match="nothing to rank by contrast"):
             scorer("combined", **given, weights=lacking)
+
+
+def test_the_default_combination_counts_likelihood_in_deviations(model, drawn):
+    """However far apart the likelihoods of a data set lie, and for one picture, or equal ones, not at all."""
+    prompt, score = caption(1, 2, 3), scorer("combined")
+    spoken = scorer("caption")(model, prompt, drawn)
+    likely = scorer("likelihood")(model, prompt, drawn)
+    expected = spoken + 0.4 * (likely - likely.mean()) / likely.std(correction=0)
+    torch.testing.assert_close(score(model, prompt, drawn), expected)
+    stretched = Sampled(drawn.tokens, 1000 * drawn.logprobs, None)
+    torch.testing.assert_close(score(model, prompt, stretched), expected)
+    for rows in ([2], [2, 2, 2]):
+        same = Sampled(drawn.tokens[rows], drawn.logprobs[rows], None)
+        torch.testing.assert_close(score(model, prompt, same), spoken[rows])
 
 
 def test_nearest_by_definition():
@@ -193,7 +205,8 @@ def test_unknown_and_unfed_scorers_are_refused(model):
     for name in ("likelihood-seen", "contrast-seen"):
         with pytest.raises(UserError, match=name):
             scorer(name, caption(1), NULL)
-    for name, weights in (("caption", None), ("caption-seen", None), ("combined", {"caption": 1.0})):
+    captioning = [(name, None) for name in ("caption", "caption-seen", "combined")] + [("combined", {"caption": 1.0})]
+    for name, weights in captioning:
         with pytest.raises(UserError, match=f"does not caption, and {name} asks"):
             scorer(name, caption(1), NULL, repaint, weights, both_orders=False)
 
