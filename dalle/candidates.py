@@ -41,7 +41,7 @@ class Candidates:
     """N pictures for each of P captions, judged, and what each ranker says of them.
 
     images: uint8 `(P, N, 3, H, W)`. exact: bool `(P, N)`, whether a picture shows its caption.
-    scores: by ranker, `(P, N)`, higher is better.
+    scores: by ranker, `(P, N)`, higher is better; of all N together, also where the best of fewer is asked for.
     """
 
     captions: list[str]

@@ -38,7 +38,7 @@ CANDIDATES = 16
 REPORTED = 400  # captions of each kind
 CHOSEN_ON = 200  # further captions, half of each kind, for guidance, temperature and ranker
 RANKERS = ("likelihood", "pmi", "half-pmi", "contrast")
-OF_CAPTIONS = ("caption", "caption-seen")  # rankers that read the picture first
+OF_CAPTIONS = ("caption", "caption-seen", COMBINED)  # rankers that read the picture first
 FITTED = ("likelihood", "half-pmi", "caption")  # the scores that `combined` weighs then
 # reading both ways: the share of the batches that read the picture first, and how many times as many updates it takes
 BOTH = {"demo": (1 / 3, 2), "scenes": (1 / 4, 4 / 3)}
@@ -149,7 +149,7 @@ def measure(folder: Path, seed: int, quick: bool, clock: dict[str, float]) -> di
             if weights is not None:
                 for candidates in judged:
                     candidates.scores[COMBINED] = sum(w * candidates.scores[name] for name, w in weights.items())
-                drawer, names = with_weights(folder / "dalle" / "model", drawer, weights), (*names, COMBINED)
+                drawer = with_weights(folder / "dalle" / "model", drawer, weights)
         options = []
         for settings, both in drawn.items():
             for ranker in both[0].scores:

@@ -317,17 +317,18 @@ def draw_canvas(
     chains, scores = canvas.tokens.to(device)[None], torch.zeros(1, device=device)
     for number, (top, left) in enumerate(canvas.windows):
         window = slice(top, top + height), slice(left, left + width)
-        new, new_scores = [], []
-        for place, (chain, before) in enumerate(zip(chains, scores, strict=True)):
+        grown, drawn, before = [], [], []
+        for place, chain in enumerate(chains):
             share = count // len(chains) + (place < count % len(chains))
             own = seed if number == 0 else seeds.key("window", seed, number, place)
-            scoring = score(chain[window] < 0)
-            sampled = redraw(model, text_ids, chain[window], share, seed=own, **settings)
-            grown = chain.repeat(share, 1, 1)
-            grown[(slice(None), *window)] = sampled.tokens
-            new.append(grown)
-            new_scores.append(before + scoring(model, text_ids, sampled))
-        tokens, totals = torch.cat(new), torch.cat(new_scores)
+            drawn.append(redraw(model, text_ids, chain[window], share, seed=own, **settings))
+            grown.append(chain.repeat(share, 1, 1))
+            grown[-1][(slice(None), *window)] = drawn[-1].tokens
+            before.append(scores[place].expand(share))
+        # together, for some scores compare pictures; the same cells are open in all chains
+        sampled = Sampled(*(None if part[0] is None else torch.cat(part) for part in zip(*drawn, strict=True)))
+        scoring = score(chains[0][window] < 0)
+        tokens, totals = torch.cat(grown), torch.cat(before) + scoring(model, text_ids, sampled)
         order = rerank.distinct_first(rerank.rank(totals), tokens)
         chains, scores = tokens[order[:keep]], totals[order[:keep]]
     return Drawn(tokens, totals, order)

@@ -235,7 +235,7 @@ def rankers(drawer: Pipeline) -> list[str]:
     for name in rerank.NAMES:
         try:
             drawer.scorer(name)
-        except UserError:  # it does not caption, or carries no captions or weights
+        except UserError:  # it does not caption, or carries no captions
             continue
         if drawer.knows_null or name.removesuffix(rerank.SEEN) not in ("pmi", "half-pmi"):
             possible.append(name)

@@ -2,7 +2,7 @@
 
 A step of drawing multiplies a few rows with every weight there is, so what it takes is what reading the weights takes.
 oneDNN reads a matrix in blocks of its own order about twice as fast as torch's plain rows; bfloat16 halves the bytes,
-int8 quarters them. Training changes its weights and multiplies many rows at once: it gains nothing here.
+int8, by FBGEMM, quarters them. Training changes its weights and multiplies many rows at once: it gains nothing here.
 """
 
 import copy
@@ -70,7 +70,7 @@ class Int8(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True)
-        # in units of 1 / 127 from 128 on, as oneDNN wants them from 0 to 255; a state of zeros gives 0 times something
+        # in units of 1 / 127 around 128, as FBGEMM wants them from 0 to 255; a state of zeros gives 0 times something
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
         product = multiply(x / largest, 1 / 127, 128, self.weight)
         return torch.addcmul(self.bias, product, largest)
@@ -81,26 +81,20 @@ def packed(model: DALLE, precision: str = "float32") -> DALLE:
 
     Args:
         precision: of the matrices inside the blocks: float32, bfloat16, which halves what has to be read, or int8,
-            which quarters it; the states between the blocks, norms and logits stay in float32. Where the machine has no
-            such products it is the roughest before it that it has, and a warning.
+            which quarters it; the states between the blocks, norms and logits stay in float32. See `supported`.
     Raises:
         UserError: it is none of these.
     """
-    check_precision(precision)
-    device, one_dnn = model.start.device.type, _one_dnn(model)
-    possible = [name for name in PRECISIONS[: PRECISIONS.index(precision) + 1] if _has(name, model)]
-    found = possible[-1]
-    if found != precision:
-        warn(f"this {device} multiplies no {precision}: drawing in {found}", f"--precision {found} is the same")
-    if found == "float32" and not one_dnn:
+    precision, one_dnn = supported(precision, model), _one_dnn(model)
+    if precision == "float32" and not one_dnn:
         return model
-    layer = Int8 if found == "int8" else partial(Packed if one_dnn else Narrow, dtype=getattr(torch, found))
+    layer = Int8 if precision == "int8" else partial(Packed if one_dnn else Narrow, dtype=getattr(torch, precision))
     copied = shared(model)
     for block in copied.blocks:
         attention, mlp = block.attention, block.mlp
         attention.qkv, attention.out = layer(attention.qkv), layer(attention.out)
         mlp.out = layer(mlp.out)
-        if one_dnn and found != "int8":
+        if one_dnn and precision != "int8":
             mlp.hidden, mlp.gelu = layer(mlp.hidden, gelu=True), nn.Identity()
         else:
             mlp.hidden = layer(mlp.hidden)
@@ -121,16 +115,27 @@ def check_precision(precision: str) -> str:
     return precision
 
 
+def supported(precision: str, model: DALLE) -> str:
+    """The precision, or if the model's device gains nothing by it the next before it, and a warning."""
+    check_precision(precision)
+    found = [name for name in PRECISIONS[: PRECISIONS.index(precision) + 1] if _has(name, model)][-1]
+    if found != precision:
+        device = "GPU" if model.start.device.type == "cuda" else model.start.device.type.upper()
+        warn(f"this {device} is no faster in {precision}: drawing in {found}", f"--precision {found} is the same")
+    return found
+
+
 def _one_dnn(model: DALLE) -> bool:
     plain = model.start.device.type == "cpu" and model.start.dtype == torch.float32
     return plain and torch.backends.mkldnn.is_available()
 
 
 def _has(precision: str, model: DALLE) -> bool:
-    """Whether the model's device multiplies numbers of this precision faster than those of the one before it."""
+    """Whether the model's device multiplies numbers of this precision, and faster than those of the one before it."""
     device = model.start.device.type
-    if precision == "int8":  # without VNNI the sums of oneDNN's products overflow
-        return _one_dnn(model) and torch.cpu._is_vnni_supported() and hasattr(torch, "quantize_per_channel")
+    if precision == "int8":  # FBGEMM's sums overflow without VNNI; other engines of torch have no such product
+        fbgemm = torch.backends.quantized.engine in ("x86", "fbgemm")
+        return _one_dnn(model) and fbgemm and torch.cpu._is_vnni_supported()
     if precision == "bfloat16" and device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "float32" or device != "cpu" or fast_bfloat16()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dalle.gpu import Replayed
 from dalle.model import DALLE, DALLEConfig
-from dalle.packing import check_precision, packed
+from dalle.packing import check_precision, packed, supported
 from dalle.rerank import COMBINED, NAMES, SEEN, Evidence, Scorer, distinct_first, partly, rank, scorer, stages
 from dalle.sampling import Blend, Sampled, sample, sample_pruned
 from dalle.text import Text
@@ -63,7 +63,7 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
         source: where it was loaded from.
         knows_null: whether it was trained with dropped captions, so that guidance, pmi and half-pmi mean something.
         weights: of the scores in `combined`, fitted for this model; None for the default (`dalle.rerank`).
-        precision: that it draws and scores in, see `dalle.packing`.
+        precision: that it draws and scores in, or the next that the machine has (`dalle.packing.supported`).
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
     ):
         self.model, self.text, self.tokenizer, self.precision = model, text, tokenizer, check_precision(precision)
         self.captions, self.source, self.knows_null = list(captions), source, knows_null
-        self.weights = None if weights is None else dict(weights)
+        self.weights = dict(weights) if weights else None
         self.captions_ids = text.encode(self.captions)
         self._packed: tuple[list[tuple[int, int]], DALLE | Replayed] | None = None
 
@@ -89,6 +89,7 @@ class Pipeline(ModelHubMixin, library_name="trainable-dalle", tags=["text-to-ima
         known = list(self.model.parameters())
         weights = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in known]
         if self._packed is None or self._packed[0] != weights:
+            self.precision = supported(self.precision, self.model)
             fast = packed(self.model, self.precision)
             trained = known[0].requires_grad  # and soon other: compiling would not pay
             self._packed = weights, Replayed(fast) if known[0].is_cuda and not trained else fast

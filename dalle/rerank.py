@@ -17,9 +17,10 @@ ids, the tokens and at most a sample of captions that the trained artefact carri
 `caption` needs a model of both orders. To subtract ln p(y) from it, as one must between captions, changes nothing
 between the pictures of one caption.
 
-`combined` has weights that were fitted for the model, or else is caption + 0.4 (likelihood - its mean) / its deviation,
-both taken over the N pictures. How far likelihoods lie apart is a matter of the data: some nats between drawn scenes of
-16 cells, forty between photos of 64. A fixed weight that helps the ones drowns what captions say of the others.
+`combined` has weights that were fitted for the model, or else is caption + min(0, likelihood in standard deviations
+from its mean), both taken over the N pictures: what is less likely than its rivals may be broken, what is likelier is
+only plainer. Deviations, because how far likelihoods lie apart is a matter of the data: some nats between drawn scenes
+of 16 cells, forty between photos of 64. Such a score compares pictures that were scored together, and no others.
 
 A name followed by `-seen` judges what a viewer will see: the tokens that the image tokenizer reads in the painted
 picture, not those that were drawn. What the decoder has spoilt shows there only.
@@ -41,7 +42,6 @@ from dvae.errors import UserError
 Scorer = Callable[[DALLE, Tensor, Sampled], Tensor]
 
 NEIGHBOURS = 4
-TYPICAL = 0.4  # nats that a standard deviation of likelihood counts in `combined` without fitted weights
 
 SEEN, COMBINED = "-seen", "combined"
 
@@ -105,7 +105,7 @@ class Evidence:
     def score(self, name: str) -> Tensor:
         """The score of that name, (N,)."""
         if name == COMBINED and not self.weights:
-            return self.caption + TYPICAL * in_deviations(self.likelihood)
+            return self.caption + in_deviations(self.likelihood).clamp(max=0)
         if name == COMBINED:
             return sum(weight * self.score(part) for part, weight in self.weights.items())
         if name.endswith(SEEN):
@@ -163,9 +163,11 @@ def text_log_likelihoods(model: DALLE, text_ids: Tensor, tokens: Tensor) -> Tens
 
 
 def in_deviations(scores: Tensor) -> Tensor:
-    """(N,) -> (N,): how many standard deviations above their mean; 0 where they differ by rounding only."""
-    centred = scores - scores.mean()
-    return centred / centred.square().mean().sqrt().clamp_min(1e-2)
+    """(N,) -> (N,): how many standard deviations, of 0.01 at the least, above the mean. What is not finite is left out
+    of both, and stays what it is."""
+    finite = scores[scores.isfinite()]
+    deviation = (finite - finite.mean()).square().mean().sqrt()
+    return (scores - finite.mean()) / deviation.clamp_min(0.01)
 
 
 def spoken(text_ids: Tensor, vocab_text: int) -> Tensor:

@@ -96,7 +96,7 @@ def sample(
             for name, p in zip(names, pictures, strict=True)
         ]
         made = {"prompt": text, "seed": seed, "count": count, "keep": keep, **settings}
-        made |= {"precision": precision, "artefact": digest}
+        made |= {"precision": drawer.precision, "artefact": digest}
         files.write_json(folder / f"{stem}.json", {**made, "pictures": described})
         print("wrote " + ", ".join(str(folder / name) for name in (f"{stem}.png", *names, f"{stem}.json")))
 

@@ -275,6 +275,23 @@ def test_the_score_of_a_canvas_is_the_sum_over_its_windows(model):
     torch.testing.assert_close(drawn.scores, sum(parts))
 
 
+def test_all_candidates_of_a_window_are_scored_together(model):
+    """For a score may compare them, whichever picture they continue."""
+    asked = []
+
+    def place(model, text_ids, sampled):
+        asked.append(len(sampled.tokens))
+        return torch.arange(len(sampled.tokens), dtype=torch.float32)
+
+    canvas = edit.extended(torch.tensor([[0, 1, 2], [3, 2, 1]]), "right", 3)
+    drawn = edit.draw_canvas(model, TEXT, canvas, 5, 2, lambda redrawn: place, null_ids=NULL)
+    assert asked == [5, 5, 5]
+    # 4 and 3 go on, three and two times: places 0 to 2 are of the first and the others of the second; so again
+    first = torch.tensor([4.0, 4, 4, 3, 3]) + torch.arange(5)
+    best = first.sort(descending=True, stable=True).values[:2]
+    assert drawn.scores.tolist() == (best[[0, 0, 0, 1, 1]] + torch.arange(5)).tolist()
+
+
 @pytest.mark.parametrize("count, keep", [(0, 1), (4, 0), (4, 5), (4, None), (None, 1), (2.0, 1)])
 def test_keep_and_count_of_a_canvas(model, count, keep):
     with pytest.raises(UserError, match="keep"):

@@ -349,7 +349,7 @@ def test_a_model_that_captions_ranks_by_combined_and_fitted_weights_are_kept(tmp
         for name in (None, "caption", "likelihood")
     )
     mean, deviation = statistics.fmean(likelihood.values()), statistics.pstdev(likelihood.values())
-    expected = {k: caption[k] + 0.4 * (likelihood[k] - mean) / deviation for k in scores}
+    expected = {k: caption[k] + min(0, (likelihood[k] - mean) / deviation) for k in scores}
     assert scores == pytest.approx(expected, abs=1e-3)
 
     weights = {"caption-seen": 1.0, "half-pmi": 0.25}

@@ -143,18 +143,25 @@ def test_combined_is_the_weighted_sum_and_repaints_once(model, drawn):
             scorer("combined", **given, weights=lacking)
 
 
-def test_the_default_combination_counts_likelihood_in_deviations(model, drawn):
-    """However far apart the likelihoods of a data set lie, and for one picture, or equal ones, not at all."""
+def test_the_default_combination_counts_against_pictures_less_likely_than_the_mean(model, drawn):
+    """In deviations, however far apart the likelihoods of a data set lie; not at all for one picture, or equal ones."""
     prompt, score = caption(1, 2, 3), scorer("combined")
     spoken = scorer("caption")(model, prompt, drawn)
     likely = scorer("likelihood")(model, prompt, drawn)
-    expected = spoken + 0.4 * (likely - likely.mean()) / likely.std(correction=0)
+    expected = spoken + ((likely - likely.mean()) / likely.std(correction=0)).minimum(torch.tensor(0.0))
+    assert 0 < (expected < spoken).sum() < len(spoken)
     torch.testing.assert_close(score(model, prompt, drawn), expected)
     stretched = Sampled(drawn.tokens, 1000 * drawn.logprobs, None)
-    torch.testing.assert_close(score(model, prompt, stretched), expected)
+    torch.testing.assert_close(score(model, prompt, stretched), expected, atol=1e-5, rtol=0)
     for rows in ([2], [2, 2, 2]):
         same = Sampled(drawn.tokens[rows], drawn.logprobs[rows], None)
         torch.testing.assert_close(score(model, prompt, same), spoken[rows])
+    damaged = drawn.logprobs.clone()
+    damaged[3, 0], damaged[5, 1] = torch.nan, -torch.inf
+    order = rank(score(model, prompt, drawn._replace(logprobs=damaged))).tolist()
+    left = [k for k in range(len(spoken)) if k not in (3, 5)]
+    alone = rank(score(model, prompt, Sampled(drawn.tokens[left], drawn.logprobs[left], None)))
+    assert order[:-2] == [left[k] for k in alone] and set(order[-2:]) == {3, 5}
 
 
 def test_nearest_by_definition():
