@@ -11,7 +11,7 @@ ids, the tokens and at most a sample of captions that the trained artefact carri
 | half-pmi   | ln p(i given y) - 1/2 ln p(i given null) | likely, but for the caption rather than in general       |
 | contrast   | ln p(i given y) - ln mean p(i given y_k) | this caption rather than its nearest neighbours y_k      |
 | caption    | ln p(y given i)                          | reading the picture first, the model says these words    |
-| combined   | a weighted sum of some of the above      | what is right most often                                 |
+| combined   | caption and others of these, see below   | what is right most often                                 |
 
 `contrast` is the posterior of the caption among its neighbours, up to a constant; the mean is over y and all y_k.
 `caption` needs a model of both orders. To subtract ln p(y) from it, as one must between captions, changes nothing
