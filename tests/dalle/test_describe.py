@@ -308,7 +308,7 @@ def test_the_command_prints_one_screen_and_writes_json(tmp_path, capsys):
     assert main(["describe", "dalle/paper-12b", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     lines = said.splitlines()
-    assert len(lines) <= 32 and max(map(len, lines)) <= 100 and lines[-1] == f"wrote {out}"
+    assert len(lines) <= 32 and max(map(len, lines[:-1])) <= 100 and lines[-1] == f"wrote {out}"
     for words in (
         "64 blocks of width 3,968, 62 heads x 64",
         "256 text ids of 16,384, 32 x 32 image tokens of 8,192: sizes of model.expects",
