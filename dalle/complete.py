@@ -94,7 +94,7 @@ def complete(
         top_p: draw from the most likely codes that together have this probability.
         guidance: scale of classifier-free guidance; 1 is none.
         rerank: a score of `dalle.rerank`, of the whole picture; or rest, the likelihood of what is kept given what is
-            redrawn before it; null: half-pmi, or likelihood of a model that was trained without dropped captions.
+            redrawn before it; null: combined where the model captions, half-pmi or likelihood elsewhere.
         passes: how often each redrawn cell is drawn once more, given all others; each pass takes many times as long as
             the first drawing.
         seed: the same seed draws the same pictures.
@@ -111,7 +111,7 @@ def complete(
     pipeline.warn_of_null(drawer, guidance, rerank)
     how = {"rows": rows, "extend": extend, "cells": cells, "variation": variation, "blend": blend}
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance, "passes": passes}
-    settings["rerank"] = default_ranker(drawer) if rerank is None else rerank
+    settings["rerank"] = drawer.ranker if rerank is None else rerank
     _check_caption(drawer, caption)
     canvas, _ = plan(drawer, picture, mask=marked, seed=seed, **how)  # says what is wrong before the folder is made
     folder = Path(out)
@@ -201,7 +201,7 @@ def edited(
     how = {"rows": rows, "mask": mask, "extend": extend, "cells": cells, "variation": variation, "blend": blend}
     canvas, before = plan(drawer, picture, seed=seed, **how)
     ids, null = drawer.text.encode(caption), drawer.text.null()
-    ranker = default_ranker(drawer) if rerank is None else rerank
+    ranker = drawer.ranker if rerank is None else rerank
 
     def paint(tokens: Tensor) -> Tensor:
         images = to_uint8(drawer.tokenizer.decode(tokens.cpu()))
@@ -229,12 +229,6 @@ def edited(
         for image, k in zip(paint(drawn.tokens[order]), order.tolist(), strict=True)
     ]
     return Edited(before, canvas.redrawn, pictures)
-
-
-def default_ranker(drawer: Pipeline) -> str:
-    """By what candidates are ranked unless told otherwise: what was right most often in tests/benchmarks/editing.py, of
-    models of both orders, too."""
-    return "half-pmi" if drawer.knows_null else "likelihood"
 
 
 def plan(

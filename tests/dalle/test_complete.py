@@ -153,10 +153,11 @@ def test_best_come_first_and_a_score_is_that_of_the_whole_picture(drawer, pictur
     assert rest[0].score == pytest.approx(rest[-1].score, rel=1e-5)  # what is kept comes first: all fit it alike
 
 
-def test_without_a_ranker_it_is_half_pmi_or_likelihood_where_the_null_prompt_was_never_learned(tiny_dalle, picture):
+def test_without_a_ranker_it_is_that_of_the_model(tiny_dalle, picture):
     own = pipeline.load(tiny_dalle)
-    for knows_null, ranker in ((True, "half-pmi"), (False, "likelihood")):
-        own.knows_null = knows_null
+    for own.knows_null, own.weights, ranker in (
+        (True, None, "half-pmi"), (False, None, "likelihood"), (True, {"pmi": 2.0, "likelihood": 0.5}, "combined"),
+    ):  # fmt: skip
         first, second = (draw(own, picture, rows=2, rerank=rerank).pictures for rerank in (None, ranker))
         assert [p.score for p in first] == [p.score for p in second]
 
