@@ -1,5 +1,7 @@
 """Packed matrices: the same logits up to rounding, or to a bound where they are rounded; the model stays as it is."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -149,6 +151,9 @@ def test_which_precisions_there_are_is_asked_of_the_machine(model, monkeypatch):
 
     monkeypatch.setattr(packing, "fast_bfloat16", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(engine="onednn"))  # lacks this product
+    assert found() == ["float32", "bfloat16"]
+    torch.backends.quantized.engine = "x86"
     assert found() == ["float32", "bfloat16", "int8"]
     monkeypatch.setattr(packing, "fast_bfloat16", lambda: False)
     assert found() == ["float32", "int8"]
