@@ -13,7 +13,6 @@ E width, H heads, D = E / H.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -147,7 +146,11 @@ class KVCache:
 
     def store(self, layer: int) -> "Store":
         """Where one block puts what it has computed, and finds what was there."""
-        return partial(self.put, layer)
+        return Store(self, layer)
+
+    def slot(self, layer: int) -> int:
+        """Where one block puts the next state."""
+        return self.length + (self.rooms[layer] if self.length >= self.first else 0)
 
     def put(self, layer: int, kv: Tensor, window: Tensor | None = None) -> Tensor:
         """Store keys and values (2, B, H, n, D) of the next n states; return those (2, B, H, read, D) of all up to
@@ -155,8 +158,7 @@ class KVCache:
         if self.stored is None:
             _, rows, heads, _, head = kv.shape
             self.stored = kv.new_empty(len(self.kinds), 2, rows, heads, self.layout.states + max(self.rooms), head)
-        room = self.rooms[layer]
-        start = self.length + (room if self.length >= self.first else 0)
+        room, start = self.rooms[layer], self.slot(layer)
         end = start + kv.shape[3]
         own = self.stored[layer, :, :, :, :end]
         own[:, :, :, start:] = kv
@@ -192,8 +194,17 @@ class KVCache:
         self.length = state
 
 
-# of one block: stores keys and values of the next states and gives those that they read, see `KVCache.put`
-Store = Callable[[Tensor, Tensor | None], Tensor]
+class Store(NamedTuple):
+    """One block's part of a cache, which stores keys and values of the next states and gives those that they read."""
+
+    cache: KVCache
+    layer: int
+
+    def __call__(self, kv: Tensor, window: Tensor | None = None) -> Tensor:
+        """See `KVCache.put`."""
+        return self.cache.put(self.layer, kv, window)
+
+
 # a mask or indices, see `Attention.forward`, or attention itself: q, k, v (B, H, n, D) -> (B, H, n, D)
 Reads = Tensor | Callable[[Tensor, Tensor, Tensor], Tensor]
 

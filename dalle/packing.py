@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.model import DALLE
+from dalle.native import Native, attend
 from dvae.errors import UserError, warn
 from dvae.forecast import fast_bfloat16
 
@@ -98,6 +99,8 @@ def packed(model: DALLE, precision: str = "float32") -> DALLE:
             mlp.hidden, mlp.gelu = layer(mlp.hidden, gelu=True), nn.Identity()
         else:
             mlp.hidden = layer(mlp.hidden)
+        if one_dnn and (function := attend()) is not None:
+            block.attention = Native(attention, function)
     if one_dnn:
         copied.image_head = Packed(copied.image_head, torch.float32)
     return copied

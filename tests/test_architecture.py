@@ -19,9 +19,9 @@ ROOMS = """
     dvae.loading dvae.likelihood dvae.quantize dvae.artefact dvae.model dvae.vqgan dvae.tokenizer dvae.codebook
     dvae.drawings dvae.plots dvae.evaluate dvae.inspect dvae.foreign dvae.importers dvae.commands dvae.optim
     dvae.forecast dvae.lit dvae.train dvae.__main__
-    dalle.layout dalle.text dalle.tokens dalle.pairs dalle.scaling dalle.model dalle.packing dalle.gpu dalle.describe
-    dalle.sampling dalle.rerank dalle.caption dalle.edit dalle.pipeline dalle.shrink dalle.samples dalle.captions
-    dalle.complete dalle.prepare dalle.check dalle.candidates dalle.evaluate dalle.compare
+    dalle.layout dalle.text dalle.tokens dalle.pairs dalle.scaling dalle.model dalle.native dalle.packing dalle.gpu
+    dalle.describe dalle.sampling dalle.rerank dalle.caption dalle.edit dalle.pipeline dalle.shrink dalle.samples
+    dalle.captions dalle.complete dalle.prepare dalle.check dalle.candidates dalle.evaluate dalle.compare
     dalle.maps dalle.symptoms dalle.diagnose dalle.report dalle.train dalle.demo dalle.__main__
 """.split()
 WITH_LIGHTNING = {"dvae.lit", "dvae.train", "dalle.train"}

@@ -50,7 +50,8 @@ def test_what_the_wheel_holds(wheel):
         (entry_points,) = [name for name in names if name.endswith(".dist-info/entry_points.txt")]
         programs = configparser.ConfigParser()
         programs.read_string(archive.read(entry_points).decode())
-    modules = {str(path.relative_to(ROOT)) for package in ("dvae", "dalle") for path in (ROOT / package).glob("*.py")}
+    sources = [path for package in ("dvae", "dalle") for path in (ROOT / package).iterdir()]
+    modules = {str(path.relative_to(ROOT)) for path in sources if path.suffix in (".py", ".c")}
     configs = {f"dvae/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert {"dvae/__init__.py", "dalle/__init__.py"} <= modules and "dvae/configs/dvae/demo.yaml" in configs
     models = {str(path.relative_to(ROOT)) for path in (ROOT / "dalle" / "pretrained").rglob("*") if path.is_file()}
