@@ -508,7 +508,7 @@ class DALLE(nn.Module):
     def _logits(self, x: Tensor, head: nn.Linear) -> Tensor:  # (B, n, E) -> (B, n, V or K)
         # as in the paper's appendix D, not in the autocast's 16 bits: small differences of logits decide
         with torch.autocast(x.device.type, enabled=False):
-            logits = head(self.norm(x.to(head.weight.dtype)))
+            logits = head(self.norm(x.to(self.norm.weight.dtype)))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -82,7 +82,8 @@ def packed(model: DALLE, precision: str = "float32") -> DALLE:
 
     Args:
         precision: of the matrices inside the blocks: float32, bfloat16, which halves what has to be read, or int8,
-            which quarters it; the states between the blocks, norms and logits stay in float32. See `supported`.
+            which quarters it, of the image head, too; what leaves them, norms, keys and values are float32. See
+            `supported`.
     Raises:
         UserError: it is none of these.
     """
@@ -102,7 +103,8 @@ def packed(model: DALLE, precision: str = "float32") -> DALLE:
         if one_dnn and (function := attend()) is not None:
             block.attention = Native(attention, function)
     if one_dnn:
-        copied.image_head = Packed(copied.image_head, torch.float32)
+        head = layer if precision == "int8" else partial(Packed, dtype=torch.float32)  # a sum in bfloat16 is too rough
+        copied.image_head = head(copied.image_head)
     return copied
 
 
