@@ -49,17 +49,16 @@ ALWAYS void one_head(
     for (int64_t j = 0; j < D; j++) out[j] = mixed[j] / sum;
 }
 
-// qkv (B, 3, H, D) and out (B, H, D) are without gaps; keys and values are (B, H, slots, D), a sequence `row` and a
-// head `head` numbers from the next. The state's own key and value go into the slot `at`.
+// qkv (B, 3, H, D) and out (B, H, D) are without gaps; stored, keys and then values, is (2, B, H, slots, D), its values,
+// sequences and heads so many numbers apart. The state's own key and value go into the slot `at`.
 void attend(
-    const float *qkv, float *keys, float *values, float *out, int64_t B, int64_t H, int64_t D, int64_t row,
+    const float *qkv, float *stored, float *out, int64_t B, int64_t H, int64_t D, int64_t apart, int64_t row,
     int64_t head, int64_t at, int64_t first, const int64_t *others, int64_t more
 ) {
     #pragma omp parallel for
     for (int64_t i = 0; i < B * H; i++) {
-        int64_t place = i / H * row + i % H * head;
         const float *q = qkv + (i / H * 3 * H + i % H) * D;
-        float *k = keys + place, *v = values + place, *y = out + i * D, weights[first + more];
+        float *k = stored + i / H * row + i % H * head, *v = k + apart, *y = out + i * D, weights[first + more];
         memcpy(k + at * D, q + H * D, D * sizeof(float));
         memcpy(v + at * D, q + 2 * H * D, D * sizeof(float));
         switch (D) {  // numbers known beforehand stay in registers

@@ -38,16 +38,17 @@ class Native(Attention):
         slots = reads is None or isinstance(reads, Tensor) and reads.dtype == torch.int64
         if x.shape[1] > 1 or not isinstance(store, Store) or not slots:
             return super().forward(x, store, reads)
-        qkv, (cache, layer) = self.qkv(x).contiguous(), store
-        assert qkv.dtype == cache.stored.dtype == torch.float32 and qkv.device.type == "cpu"  # it reads bare memory
-        keys, values = cache.stored[layer]
-        rows, heads, _, size = keys.shape
-        at, room = cache.slot(layer), cache.rooms[layer]
-        first, others = (at + 1, qkv.new_empty(0)) if reads is None else (cache.first, reads + room)
-        y = qkv.new_empty(rows, 1, heads * size)
-        places = (tensor.data_ptr() for tensor in (qkv, keys, values, y))
-        strides = keys.stride()[:2]
-        self.function(*places, rows, heads, size, *strides, at, first, others.data_ptr(), len(others))
+        qkv, (cache, layer) = self.qkv(x), store
+        assert qkv.dtype == cache.stored.dtype == torch.float32 and qkv.is_contiguous()  # it reads bare memory
+        stored, at = cache.stored[layer], cache.slot(layer)
+        _, rows, heads, _, size = stored.shape
+        y = torch.empty(rows, 1, heads * size)
+        first, others, more = at + 1, None, 0
+        if reads is not None:
+            slots = reads + cache.rooms[layer]
+            first, others, more = cache.first, slots.data_ptr(), len(slots)
+        places = qkv.data_ptr(), stored.data_ptr(), y.data_ptr()
+        self.function(*places, rows, heads, size, *stored.stride()[:3], at, first, others, more)
         return self.out(y)
 
 
@@ -68,7 +69,7 @@ def attend() -> Callable[..., None] | None:
             "install gcc, or name a C compiler with OpenMP in CC",
         )
         return None
-    function.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 7, ctypes.c_void_p, ctypes.c_int64]
+    function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 8, ctypes.c_void_p, ctypes.c_int64]
     function.restype = None
     return function
 

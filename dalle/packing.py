@@ -30,13 +30,15 @@ class Packed(nn.Module):
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, gelu: bool = False):
         super().__init__()
-        self.then = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        then = ("gelu", [], "tanh") if gelu else ("none", [], "")
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.multiply, self.others = torch.ops.mkldnn._linear_pointwise.default, (self.weight, bias, *then)
 
     def forward(self, x: Tensor) -> Tensor:
-        product = torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, *self.then)
-        return product.to(x.dtype)
+        if self.weight.dtype == x.dtype:  # a step is short, and even conversions that do nothing would tell in it
+            return self.multiply(x, *self.others)
+        return self.multiply(x.to(self.weight.dtype), *self.others).to(x.dtype)
 
 
 class Narrow(nn.Module):
