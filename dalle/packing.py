@@ -70,12 +70,12 @@ class Int8(nn.Module):
             whole = torch.quantize_per_channel(weight, units, zeros, 0, torch.qint8)
         self.weight = torch.ops.quantized.linear_prepack(whole, None)
         self.bias = torch.zeros(len(units)) if linear.bias is None else linear.bias.detach()
+        self.multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
     def forward(self, x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True)
         # in units of 1 / 127 around 128, as FBGEMM wants them from 0 to 255; a state of zeros gives 0 times something
-        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-        product = multiply(x / largest, 1 / 127, 128, self.weight)
+        product = self.multiply(x / largest, 1 / 127, 128, self.weight)
         return torch.addcmul(self.bias, product, largest)
 
 
