@@ -9,7 +9,8 @@
 
 #define ALWAYS static inline __attribute__((always_inline))
 
-// e^x for x <= 0, to 2e-7 of itself: a power of two, and a series for what is left. C's own takes one number at a time.
+// e^x for x <= 0, to 4e-6 of itself: a power of two, and a series for what is left. C's own takes one number at a time.
+// NaN stays NaN by the series, whatever its power is.
 ALWAYS float exponential(float x) {
     x = x < -87 ? -87 : x;
     float power = __builtin_rintf(x * 1.442695041f), rest = x - power * 0.693147181f, series = 1;
@@ -30,8 +31,8 @@ ALWAYS void add(float *restrict sum, float weight, const float *restrict x, int6
     for (int64_t j = 0; j < D; j++) sum[j] += weight * x[j];
 }
 
-// One head of one sequence: q and out (D,), keys and values (slots, D). It reads the first slots, and then `more` of
-// them, by their numbers in `others`; `weights` has room for all.
+// One head of one sequence: q and out (D,), keys and values (slots, D). It reads the slots below `first`, and then the
+// `more` of them whose numbers stand in `others`; `weights` has room for all.
 ALWAYS void one_head(
     const float *restrict q, const float *restrict keys, const float *restrict values, float *restrict out,
     float *restrict weights, int64_t first, const int64_t *restrict others, int64_t more, int64_t D
@@ -49,8 +50,9 @@ ALWAYS void one_head(
     for (int64_t j = 0; j < D; j++) out[j] = mixed[j] / sum;
 }
 
-// qkv (B, 3, H, D) and out (B, H, D) are without gaps; stored, keys and then values, is (2, B, H, slots, D), its values,
-// sequences and heads so many numbers apart. The state's own key and value go into the slot `at`.
+// qkv (B, 3, H, D) and out (B, H, D) are without gaps. stored is (2, B, H, slots, D), keys and then values, with `apart`
+// numbers from a key to its value, `row` from a sequence to the next and `head` from a head to the next. The state's own
+// key and value go into the slot `at`. What is read, see one_head.
 void attend(
     const float *qkv, float *stored, float *out, int64_t B, int64_t H, int64_t D, int64_t apart, int64_t row,
     int64_t head, int64_t at, int64_t first, const int64_t *others, int64_t more

@@ -219,9 +219,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, store: Store | None = None, reads: Reads | None = None
+        self, x: Tensor, store: Callable[..., Tensor] | None = None, reads: Reads | None = None
     ) -> Tensor:  # (B, n, E) -> (B, n, E)
-        """Attend from the n states x to them and to those in `store`, if there is one, which come before them.
+        """Attend from the n states x to them and to those in `store`, if there is one, which come before them; a
+        `Store`, or what can be called like it.
 
         `reads` says to which: a mask, bool (n, states); for a single state the indices, int64, of those that it reads
         beside the store's first; or what attends in place of a mask. Without it: causal if nothing was read before, and
@@ -268,7 +269,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        store: Store | None = None,
+        store: Callable[..., Tensor] | None = None,
         reads: Reads | None = None,
         scales: Sequence[float | None] = (None, None),
     ) -> Tensor:

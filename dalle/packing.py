@@ -84,8 +84,8 @@ def packed(model: DALLE, precision: str = "float32") -> DALLE:
 
     Args:
         precision: of the matrices inside the blocks: float32, bfloat16, which halves what has to be read, or int8,
-            which quarters it, of the image head, too; what leaves them, norms, keys and values are float32. See
-            `supported`.
+            which quarters it and holds the image head, too. On a CPU norms, keys, values and all that leaves a matrix
+            stay in float32. See `supported`.
     Raises:
         UserError: it is none of these.
     """

@@ -13,6 +13,7 @@ import torch
 
 from dalle import pipeline
 from dalle.model import DALLE, DALLEConfig
+from dalle.native import attend
 from dalle.prepare import Prepared, prepare, vocab
 from dvae import scenes
 from dvae.data import open_source
@@ -23,8 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def _as_if_in_front():
-    """One thread, and a Ctrl-C that is heard, which shells take from what they start in the background."""
+    """One thread, and a Ctrl-C that is heard, which shells take from what they start in the background.
+
+    That there is no C compiler is told here, once, and not inside of a test."""
     torch.set_num_threads(1)
+    attend()
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
