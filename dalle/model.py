@@ -228,8 +228,7 @@ class Attention(nn.Module):
         beside the store's first; or what attends in place of a mask. Without it: causal if nothing was read before, and
         a single state reads everything.
         """
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, n, D)
-        q, kv = qkv[0], qkv[1:]
+        q, kv = self._split(x)
         if store is not None:
             window, reads = (reads, None) if isinstance(reads, Tensor) and reads.dtype == torch.int64 else (None, reads)
             kv = store(kv, window)
@@ -239,6 +238,14 @@ class Attention(nn.Module):
         else:
             y = reads(q, k, v)
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def remember(self, x: Tensor, store: Callable[..., Tensor]) -> None:
+        """Store keys and values of the states x (B, n, E), from which nothing is asked."""
+        store(self._split(x)[1])
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (B, n, E) -> (B, H, n, D), (2, B, H, n, D)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return qkv[0], qkv[1:]
 
 
 class MLP(nn.Module):
@@ -399,9 +406,7 @@ class DALLE(nn.Module):
     @torch.no_grad()
     def prefill(self, text_ids: Tensor) -> KVCache:
         """Read text_ids (B, T) whole; the cache that comes back is ready for cell 0."""
-        cache = KVCache(self.layout, self.config.kinds)
-        self._read(self._embed_text(text_ids), cache, {})
-        return cache
+        return self._prefix(self._embed_text(text_ids), KVCache(self.layout, self.config.kinds), {})
 
     @torch.no_grad()
     def step(self, tokens: Tensor | None, cell: int | Tensor, cache: KVCache) -> Tensor:
@@ -443,8 +448,7 @@ class DALLE(nn.Module):
         cache = KVCache(self.image_first_layout, self.config.kinds)
         x = self._embed_image(image_tokens, whole=True)
         masks = {kind: mask[: x.shape[1], : x.shape[1]] for kind, mask in self._masks(image_first=True).items()}
-        self._read(x, cache, masks)
-        return cache
+        return self._prefix(x, cache, masks)
 
     @torch.no_grad()
     def step_text(self, ids: Tensor | None, place: int, cache: KVCache) -> Tensor:
@@ -499,6 +503,15 @@ class DALLE(nn.Module):
         x = torch.cat([start, self.image_embedding(tokens if whole else tokens[:, :-1])], dim=1)
         grid = self.row_position.weight[:, None] + self.column_position.weight  # (h, w, E), with both orders h + 1
         return x + grid.flatten(0, 1)[: x.shape[1]]
+
+    def _prefix(self, x: Tensor, cache: KVCache, reads: Mapping[str, Tensor]) -> KVCache:  # (B, n, E)
+        """Read the part that stands first. It predicts nothing: of the last block only keys and values are needed."""
+        *blocks, last = self.blocks
+        for layer, block in enumerate(blocks):
+            x = block(x, cache.store(layer), reads.get(block.kind))
+        last.attention.remember(last.attention_norm(x), cache.store(len(blocks)))
+        cache.length += x.shape[1]
+        return cache
 
     def _read(self, x: Tensor, cache: KVCache, reads: Mapping[str, Tensor]) -> Tensor:  # (B, n, E) -> (B, n, E)
         for layer, block in enumerate(self.blocks):
