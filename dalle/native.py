@@ -65,16 +65,20 @@ def attend() -> Callable[..., None] | None:
         return None
     try:
         function = _loaded()
-    except (OSError, RuntimeError, ValueError, AttributeError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        warn(
-            f"attention is not compiled here, and drawing slower for it: {said[0] if said else error}",
-            "install gcc, or name a C compiler with OpenMP in CC, and see that your cache folder can be written",
-        )
-        return None
+    except subprocess.CalledProcessError as error:
+        return _without((error.stderr.strip() or f"{error.cmd[0]} ended with {error.returncode}").splitlines()[0])
+    except (OSError, RuntimeError, ValueError, AttributeError) as error:  # no compiler, folder or threads
+        return _without(str(error))
     function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 8, ctypes.c_void_p, ctypes.c_int64]
     function.restype = None
     return function
+
+
+def _without(reason: str) -> None:
+    warn(
+        f"attention is not compiled here, and drawing slower for it: {reason}",
+        "install gcc, or name a C compiler with OpenMP in CC, and see that your cache folder can be written",
+    )
 
 
 def _loaded() -> Callable[..., None]:
