@@ -337,8 +337,10 @@ def flops(model: DALLE, plan: Plan) -> dict[str, int]:
     last = _numbers(block.mlp.out.weight for block in model.blocks)
     again = plan.checkpointing * (2 * layout.states * (matrices - last) + square)
     picture = 3 * forward + again
-    read = layout.text_length + 1
-    drawing = 2 * layout.states * matrices + pair * read**2 * config.depth + drawn
+    # of the states before the picture the last block computes keys and values only
+    read, end = layout.text_length + 1, model.blocks[-1]
+    unread = _numbers(layer.weight for layer in (end.attention.out, end.mlp.hidden, end.mlp.out))
+    drawing = 2 * (layout.states * matrices - read * unread) + pair * read**2 * (config.depth - 1) + drawn
     return {
         "forward pass": forward,
         "backward pass": 2 * forward,
